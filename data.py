@@ -1,0 +1,288 @@
+"""
+Records on disk -> checked records -> token ids -> packed rows -> the order of an epoch.
+
+A dataset is a folder with a JSONL file, one record a line, and images beside it, named by relative path. For MFPO:
+
+    {"id": "17", "image": "images/17.png", "question": "Describe the picture.", "chosen": "...", "rejected": "...",
+     "image_rejected": "distorted/17.png", "region_kind": "key", "regions": [{"word": "cup", "box": [x0, y0, x1, y1]}],
+     "source": "toy"}                                                              boxes in pixels of "image"
+
+A packed row holds everything that shares an image and a question, so that both are computed once:
+
+    [<s> USER: <image>...<image> question ASSISTANT:] [chosen </s>] [rejected </s>]
+     segment 0, the prefix                             segment 1     segment 2
+
+The answers do not see each other (a 4-D mask) and both count their positions from the end of the prefix, so the
+log-probabilities are those of separate forward passes. Image tokens are never truncated.
+"""
+
+import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+MAX_PIXELS = 50_000_000  # larger images are refused: a decompression bomb would take the machine down (ours)
+MFPO_FIELDS = dict.fromkeys(("id", "image", "question", "chosen", "rejected", "image_rejected"), str)
+REGION_KINDS = ("key", "random", "global")
+
+
+# ---------------------------------------------------------------------------------------------------- records
+
+
+def read_jsonl(path):
+    """Yield (where, object) for each line of a JSONL file; `where` names file and line. Raises ValueError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file. Name an existing .jsonl file, or build one with build_data.py")
+    with open(path, encoding="utf-8", errors="strict") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                where = f"{path}, line {number}"
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    value = ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}). Mend or delete it")
+                yield where, value
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it") from None
+
+
+def load_image(path):
+    """An image file as upright RGB. Raises ValueError naming the file if it is missing, damaged or too large."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked below
+            with Image.open(path) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ValueError(f"{path}: {width} x {height} pixels is over {MAX_PIXELS}. Shrink the image")
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such image. Put it there or delete the record") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error}). Replace it or delete the record") from None
+
+
+def image_path(folder, name):
+    """The path of a record's image; ValueError if `name` would leave `folder` (absolute, '..', or a link out)."""
+    folder = Path(folder).resolve()
+    if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).resolve().is_relative_to(folder):
+        raise ValueError(f"image {name!r} lies outside {folder}. Use a path relative to the data folder, inside it")
+    return folder / name
+
+
+def check_record(record, fields, folder):
+    """Raise ValueError, naming field, value and remedy, unless `record` has `fields` and its images can be read."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be a JSON object, this is {type(record).__name__}")
+    for name, kind in fields.items():
+        if name not in record:
+            raise ValueError(f"field {name!r} is missing; a record has {', '.join(fields)}")
+        if not isinstance(record[name], kind):
+            got = type(record[name]).__name__
+            raise ValueError(f"field {name!r} must be {kind.__name__}, got {got}: {str(record[name])[:60]!r}")
+        if kind is str and not record[name].strip():
+            raise ValueError(f"field {name!r} is empty. Give it a text or delete the record")
+    if "rejected" in fields and record["chosen"].strip() == record["rejected"].strip():
+        raise ValueError("'chosen' and 'rejected' are the same: such a pair teaches nothing. Delete the record")
+    if record.get("region_kind", "global") not in REGION_KINDS:
+        raise ValueError(f"field 'region_kind' must be one of {REGION_KINDS}, got {record['region_kind']!r}")
+    for name in ("image", "image_rejected"):
+        if name in fields:
+            load_image(image_path(folder, record[name]))
+
+
+def read_records(path, fields, skip_bad=False):
+    """
+    All records of a JSONL file, checked: fields and types, unique ids, images present, whole and inside the folder.
+
+    A bad record raises ValueError naming file, line, field and remedy; with `skip_bad` it is dropped, and the
+    drops are printed, counted by reason. Returns a list of dicts.
+    """
+    lines = list(read_jsonl(path))
+    folder, seen, records, dropped = Path(path).parent, {}, [], {}
+
+    def check(line):
+        where, record = line
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            check_record(record, fields, folder)
+        except ValueError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(8) as pool:  # decoding releases the interpreter's lock
+        progress = tqdm(pool.map(check, lines), f"checking {path}", len(lines), leave=False, delay=2)
+        for (where, record), error in zip(lines, progress, strict=True):
+            if error is None and record["id"] in seen:
+                error = ValueError(f"field 'id': {record['id']!r} was already used in {seen[record['id']]}. Rename it")
+            if error is None:
+                seen[record["id"]] = where
+                records.append(record)
+            elif skip_bad:
+                reason = str(error).split(where + ": ")[-1].split("'")[0:3]
+                dropped["'".join(reason)[:80]] = dropped.get("'".join(reason)[:80], 0) + 1
+            else:
+                text = str(error)
+                raise ValueError(text if text.startswith(where) else f"{where}: {text}")
+    for reason, count in dropped.items():
+        print(f"{path}: {count} records dropped: {reason}")
+    if not records:
+        raise ValueError(f"{path}: no usable records ({len(lines)} lines read). Build it with build_data.py")
+    return records
+
+
+# ------------------------------------------------------------------------------------------------ token ids
+
+
+@dataclass
+class Row:
+    """What one packed row is made of: an image, and answers that share it and their prefix."""
+
+    image: Path
+    prefix: list  # token ids of the prompt, the image token repeated once a patch
+    answers: list  # token ids of each answer, ending with end-of-sequence
+    id: str = ""
+
+
+def encode_prompt(tokenizer, question, template, image_tokens):
+    """Token ids of `template` filled with `question`, its one image token repeated `image_tokens` times."""
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    ids = tokenizer(template.format(question=question))["input_ids"]
+    if ids.count(image_id) != 1:
+        raise ValueError(f"the question {question[:60]!r} holds an image token. The template adds the image: delete it")
+    at = ids.index(image_id)
+    return ids[:at] + [image_id] * image_tokens + ids[at + 1 :]
+
+
+def encode_answer(tokenizer, question, answer, template):
+    """
+    Token ids of `answer` as they follow the prompt, ending with end-of-sequence.
+
+    Prompt and answer are tokenised as one text and cut apart: tokenised alone, an answer may begin with another
+    token, and the model would be scored on a text that it never says.
+    """
+    prompt = template.format(question=question)
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt + " " + answer.strip())["input_ids"]
+    if ids[: len(prompt_ids)] != prompt_ids:
+        raise ValueError(f"the tokenizer merges the prompt's end with the answer {answer[:60]!r}. Change the template")
+    ids = ids[len(prompt_ids) :]
+    special = set(ids) & set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    if special:
+        names = tokenizer.convert_ids_to_tokens(sorted(special))
+        raise ValueError(f"the answer {answer[:60]!r} holds the special tokens {names}. Delete them from the text")
+    return ids + [tokenizer.eos_token_id]
+
+
+def check_length(row, max_length):
+    """Raise ValueError if prefix and any one answer exceed `max_length`: nothing is ever cut."""
+    longest = len(row.prefix) + max(map(len, row.answers))
+    if longest > max_length:
+        raise ValueError(
+            f"record {row.id!r}: image, question and answer take {longest} tokens, --max_length is {max_length}. "
+            "Raise it, shorten the answer, or drop such records with --skip_bad"
+        )
+
+
+def mfpo_rows(record, folder, tokenizer, template, image_tokens, max_length):
+    """A record's two rows: the image with chosen and rejected, the distorted image with chosen."""
+    prefix = encode_prompt(tokenizer, record["question"], template, image_tokens)
+    chosen, rejected = (
+        encode_answer(tokenizer, record["question"], record[name], template) for name in ("chosen", "rejected")
+    )
+    if chosen == rejected:
+        raise ValueError(f"record {record['id']!r}: 'chosen' and 'rejected' become the same tokens. Delete it")
+    clean = Row(image_path(folder, record["image"]), prefix, [chosen, rejected], record["id"])
+    distorted = Row(image_path(folder, record["image_rejected"]), prefix, [chosen], record["id"])
+    check_length(clean, max_length)
+    return clean, distorted
+
+
+# -------------------------------------------------------------------------------------------------- packing
+
+
+@dataclass
+class Batch:
+    """R packed rows with A answers of N tokens together, T in the longest; padded to L."""
+
+    pixels: torch.Tensor  # (R, 3, H, W) float32 in [0, 1]
+    ids: torch.Tensor  # (R, L)
+    position: torch.Tensor  # (R, L) restarts after the prefix for each answer
+    mask: torch.Tensor  # (R, 1, L, L) bool, True where a token may look
+    row: torch.Tensor  # (N,) the row and the column that predict each answer token, and the token
+    column: torch.Tensor  # (N,)
+    target: torch.Tensor  # (N,)
+    answer_mask: torch.Tensor  # (A, T) bool, True at answer tokens; answers in the order of the rows
+    ids_of: list  # record id of each row, for messages
+
+    def to(self, device):
+        return Batch(*(v.to(device, non_blocking=True) if torch.is_tensor(v) else v for v in vars(self).values()))
+
+
+def pack(rows, pixels, pad_id):
+    """Pack `rows` (list of Row) with their images, `pixels` (R, 3, H, W), into one Batch."""
+    length = max(len(r.prefix) + sum(map(len, r.answers)) for r in rows)
+    ids = np.full((len(rows), length), pad_id)
+    position = np.zeros_like(ids)
+    segment = np.full_like(ids, -1)  # -1 padding, 0 prefix, k the k-th answer
+    row_of, column, target, sizes = [], [], [], []
+    for r, row in enumerate(rows):
+        start = len(row.prefix)
+        ids[r, :start], position[r, :start], segment[r, :start] = row.prefix, np.arange(start), 0
+        end = start
+        for k, answer in enumerate(row.answers, 1):
+            span = slice(end, end + len(answer))
+            ids[r, span], segment[r, span] = answer, k
+            position[r, span] = np.arange(start, start + len(answer))
+            row_of += [r] * len(answer)
+            column += [start - 1, *range(end, end + len(answer) - 1)]  # the prefix's last token predicts the first
+            target += answer
+            sizes.append(len(answer))
+            end += len(answer)
+    segment = torch.from_numpy(segment)
+    # A token sees earlier tokens of the prefix and of its own segment. Padding sees the prefix too, so that no row
+    # of the mask is empty: softmax over nothing is nan.
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    allowed = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])  # (R, L, L)
+    sizes = torch.tensor(sizes)
+    return Batch(
+        pixels,
+        torch.from_numpy(ids),
+        torch.from_numpy(position),
+        (allowed & causal)[:, None],
+        torch.tensor(row_of),
+        torch.tensor(column),
+        torch.tensor(target),
+        torch.arange(int(sizes.max()))[None] < sizes[:, None],
+        [row.id for row in rows],
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the order
+
+
+def epoch_order(entropy, epochs, curriculum, seed):
+    """
+    The order in which records are trained, as one array of indices: a function of its arguments, so that a resumed
+    run needs no saved sampler. MFPO section "easy to hard": thirds by entropy, each trained `epochs` times.
+
+    entropy      (N,) nats per token, the mean entropy of the reference's predictions over the chosen answer
+    curriculum   easy_to_hard | hard_to_easy | none (all records in one mix)
+    """
+    rng = np.random.default_rng(seed)
+    ranked = np.argsort(np.asarray(entropy), kind="stable")
+    if curriculum == "none":
+        stages = [ranked]
+    else:
+        stages = np.array_split(ranked, 3)
+        if curriculum == "hard_to_easy":
+            stages = stages[::-1]
+    return np.concatenate([rng.permutation(stage) for stage in stages for _ in range(epochs)])

@@ -1,0 +1,306 @@
+"""
+Checkpoint in, table out.
+
+    python eval.py --model out/mfpo-1/final --base data/toy/base --data data/toy
+
+reads    <data>/<split>.jsonl, scenes with objects, a question and yes/no questions, and <data>/mfpo_<split>.jsonl, pairs
+writes   the table, some captions before and after with the invented words in [brackets], and --json
+
+    CHAIR_s     captions that name an object that is not there / captions            (Rohrbach et al. 2018)
+    CHAIR_i     such mentions / all mentions                recall   objects named / objects there
+    object F1   harmonic mean of 1 - CHAIR_i and recall: CHAIR alone is gamed by saying little
+    exact       captions that name just the objects that are there, each in its colour
+    yes/no      Is there a X? random: X absent at random; adversarial: X the partner of a present object (POPE)
+    margins     nats, log-ratio differences of policy and base on held-out pairs, not multiplied by beta
+    info gain   nats per token, how much the image helps to say the true caption (MBPO)
+
+Every figure has a 95 % bootstrap interval over scenes.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import losses
+import model
+import runtime
+import toy
+from runtime import knob
+
+RESAMPLES = 1000
+
+
+# -------------------------------------------------------------------------------------------- measuring
+
+
+def yes_or_no(answer):
+    """POPE's own parsing: the text before the first full stop; 'No', 'no' or 'not' as a word is no, all else yes."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return "No" if {"No", "no", "not"} & set(words) else "Yes"
+
+
+def caption_counts(caption, objects):
+    """
+    What CHAIR counts in one caption, as floats.
+
+    objects   [(colour, kind)] that are there
+    returns   hallucinated (0 or 1), wrong and all mentions (repeats counted), kinds named rightly, kinds there,
+              exact (0 or 1), words
+    """
+    said, kinds = toy.mentions(caption), {kind for _, kind in objects}
+    wrong = [kind for _, kind in said if kind not in kinds]
+    return {
+        "captions": 1.0,
+        "hallucinated": float(bool(wrong)),
+        "wrong": float(len(wrong)),
+        "mentions": float(len(said)),
+        "hits": float(len({kind for _, kind in said} & kinds)),
+        "kinds": float(len(kinds)),
+        "exact": float(sorted(said) == sorted(objects)),
+        "words": float(len(caption.split())),
+    }
+
+
+def yesno_counts(answers, truths, prefix):
+    """Confusion counts of POPE, yes being positive, as floats; `prefix` names the split."""
+    counts = dict.fromkeys(("asked", "tp", "fp", "fn", "tn"), 0.0)
+    for answer, truth in zip(answers, truths, strict=True):
+        said = yes_or_no(answer)
+        counts["asked"] += 1
+        counts[("t" if said == truth else "f") + ("p" if said == "Yes" else "n")] += 1
+    return {f"{prefix}_{name}": value for name, value in counts.items()}
+
+
+def ratio(a, b):
+    return a / b if b else math.nan
+
+
+METRICS = {  # name -> value from sums over scenes
+    "chair_s": lambda s: ratio(s["hallucinated"], s["captions"]),
+    "chair_i": lambda s: ratio(s["wrong"], s["mentions"]),  # nan if nothing was named at all
+    "recall": lambda s: ratio(s["hits"], s["kinds"]),
+    "object_f1": lambda s: harmonic(1 - METRICS["chair_i"](s), METRICS["recall"](s)),
+    "exact": lambda s: ratio(s["exact"], s["captions"]),
+    "words": lambda s: ratio(s["words"], s["captions"]),
+}
+for _split in ("random", "adversarial"):
+    METRICS |= {
+        f"pope_{_split}": lambda s, p=_split: ratio(s[f"{p}_tp"] + s[f"{p}_tn"], s[f"{p}_asked"]),
+        f"pope_{_split}_f1": lambda s, p=_split: ratio(
+            2 * s[f"{p}_tp"], 2 * s[f"{p}_tp"] + s[f"{p}_fp"] + s[f"{p}_fn"]
+        ),
+        f"pope_{_split}_yes": lambda s, p=_split: ratio(s[f"{p}_tp"] + s[f"{p}_fp"], s[f"{p}_asked"]),
+    }
+METRICS |= {
+    "text_margin": lambda s: ratio(s["text_margin"], s["captions"]),
+    "image_margin": lambda s: ratio(s["image_margin"], s["captions"]),
+    "text_margin_positive": lambda s: ratio(s["text_positive"], s["captions"]),
+    "image_margin_positive": lambda s: ratio(s["image_positive"], s["captions"]),
+    "chosen_shift": lambda s: ratio(s["chosen_shift"], s["captions"]),
+    "information_gain": lambda s: ratio(s["information_gain"], s["captions"]),
+}
+
+
+def harmonic(a, b):
+    return 2 * a * b / (a + b) if a + b > 0 else math.nan
+
+
+def answer_all(policy, pixels, asked, max_new_tokens, title, batch=100):
+    """Greedy answers to `asked`, [(index into pixels, question)], as text; this rank's share, gathered."""
+    answers = []
+    mine = runtime.my_share(asked)
+    with torch.no_grad(), runtime.summoned(policy):
+        for i in tqdm(range(0, len(mine), batch), title, leave=False, disable=runtime.rank() > 0):
+            chunk = mine[i : i + batch]
+            prompts = [data.encode_prompt(policy.tokenizer, q, model.TEMPLATE, policy.image_tokens) for _, q in chunk]
+            images = pixels[[index for index, _ in chunk]].to(policy.mean.device)
+            answers += policy("generate", images, prompts, max_new_tokens)[0]
+    return runtime.gather(answers)
+
+
+def pair_scores(policy, pairs, folder, batch=64):
+    """
+    Log-probabilities of held-out pairs under `policy`: {name: (N,) float64 array}.
+
+    chosen, rejected, distorted   nats: y_w and y_l given the image, y_w given the distorted image
+    information_gain              nats per token, of y_w over the image filled with the mean colour
+    """
+    scores = []
+    mine = runtime.my_share(pairs)
+    device = policy.mean.device
+    with torch.no_grad():
+        for i in tqdm(range(0, len(mine), batch), "scoring pairs", leave=False, disable=runtime.rank() > 0):
+            chunk = mine[i : i + batch]
+            pixels = model.pair_pixels(policy, chunk, folder)  # (2B, 3, H, W): image, distorted image, ...
+            rows = [row for r in chunk for row in data.mfpo_rows(r, folder, policy.tokenizer, model.TEMPLATE,
+                                                                 policy.image_tokens, 10**6)]  # fmt: skip
+            packed = data.pack(rows, pixels, policy.pad_id).to(device)
+            token_logp = policy("logps", packed).view(len(chunk), 3, -1)  # (B, 3, T)
+            blank_rows = [data.Row(None, r.prefix, r.answers[:1]) for r in rows[::2]]
+            blank = data.pack(blank_rows, policy.mean.expand(len(chunk), 3, *pixels.shape[2:]), policy.pad_id)
+            blank_logp = policy("logps", blank.to(device))  # (B, T of chosen)
+            width = blank_logp.shape[1]
+            gain = losses.information_gain(token_logp[:, 0, :width], blank_logp, blank.answer_mask.to(device))
+            scores += torch.cat([token_logp.sum(2), gain[:, None]], 1).double().tolist()
+    table = np.array(runtime.gather(scores))  # (N, 4)
+    return dict(zip(("chosen", "rejected", "distorted", "information_gain"), table.T, strict=True))
+
+
+def measure(policy, folder, split):
+    """Everything a table needs of one model: captions, yes/no answers and pair scores on a split of the toy world."""
+    folder = Path(folder)
+    scenes = data.read_records(folder / f"{split}.jsonl", {"id": str, "image": str, "question": str, "chosen": str})
+    pairs = data.read_records(folder / f"mfpo_{split}.jsonl", data.MFPO_FIELDS)
+    pixels = torch.stack(
+        [model.to_pixels(data.load_image(data.image_path(folder, s["image"])), policy.image_size) for s in scenes]
+    )
+    described = [(i, scene["question"]) for i, scene in enumerate(scenes)]
+    questions = [(i, asked["question"]) for i, scene in enumerate(scenes) for asked in scene["asked"]]
+    return {
+        "scenes": scenes,
+        "captions": answer_all(policy, pixels, described, 60, "captions"),
+        "answers": answer_all(policy, pixels, questions, 4, "yes/no"),
+        "scores": pair_scores(policy, pairs, folder),
+    }
+
+
+def counts_of(measured, base):
+    """Per-scene arrays {name: (N,)} whose sums make every metric. `base` is the measured reference model."""
+    rows, answers = [], iter(measured["answers"])
+    for scene, caption in zip(measured["scenes"], measured["captions"], strict=True):
+        row = caption_counts(caption, [(o["colour"], o["word"]) for o in scene["objects"]])
+        asked = [(question, next(answers)) for question in scene["asked"]]
+        for split in ("random", "adversarial"):
+            here = [(said, question["answer"]) for question, said in asked if question["split"] == split]
+            row |= yesno_counts([said for said, _ in here], [truth for _, truth in here], split)
+        rows.append(row)
+    arrays = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    h = {name: measured["scores"][name] - base["scores"][name] for name in ("chosen", "rejected", "distorted")}
+    arrays["text_margin"], arrays["image_margin"] = h["chosen"] - h["rejected"], h["chosen"] - h["distorted"]
+    arrays["text_positive"] = (arrays["text_margin"] > 0).astype(float)
+    arrays["image_positive"] = (arrays["image_margin"] > 0).astype(float)
+    arrays["chosen_shift"], arrays["information_gain"] = h["chosen"], measured["scores"]["information_gain"]
+    return arrays
+
+
+def values_of(arrays, pick):
+    """Every metric over the scenes `pick` (indices, repeats allowed)."""
+    sums = {name: values[pick].sum() for name, values in arrays.items()}
+    values = {name: float(metric(sums)) for name, metric in METRICS.items()}
+    margins = (torch.from_numpy(arrays[name][pick]) for name in ("text_margin", "image_margin"))
+    return values | {"fairness": losses.fairness(*margins).item()}
+
+
+def summarise(measured, base):
+    """{metric: value} with {"interval": {metric: [low, high]}}, 95 % by bootstrap over scenes; nan becomes None."""
+    arrays = counts_of(measured, base)
+    count = len(measured["scenes"])
+    rng = np.random.default_rng(0)
+    values = values_of(arrays, np.arange(count))
+    draws = [values_of(arrays, rng.integers(count, size=count)) for _ in range(RESAMPLES)]
+
+    def plain(value):
+        return None if math.isnan(value) else value
+
+    def bounds(name):
+        found = [draw[name] for draw in draws if not math.isnan(draw[name])]
+        return [float(np.quantile(found, q)) for q in (0.025, 0.975)] if found else None
+
+    summary = {name: plain(value) for name, value in values.items()}
+    return summary | {"scenes": count, "interval": {name: bounds(name) for name in values}}
+
+
+# --------------------------------------------------------------------------------------------- showing
+
+TABLE = {
+    "chair_s": "CHAIR_s (lower is better)",
+    "chair_i": "CHAIR_i (lower is better)",
+    "recall": "recall",
+    "object_f1": "object F1",
+    "exact": "exact captions",
+    "words": "words per caption",
+    "pope_random": "yes/no accuracy, random",
+    "pope_random_f1": "yes/no F1, random",
+    "pope_random_yes": "yes ratio, random",
+    "pope_adversarial": "yes/no accuracy, adversarial",
+    "pope_adversarial_f1": "yes/no F1, adversarial",
+    "pope_adversarial_yes": "yes ratio, adversarial",
+    "text_margin": "text margin (nats)",
+    "image_margin": "image margin (nats)",
+    "text_margin_positive": "pairs with text margin > 0",
+    "image_margin_positive": "pairs with image margin > 0",
+    "fairness": "fairness",
+    "chosen_shift": "shift of chosen logp (nats)",
+    "information_gain": "information gain (nats/token)",
+}
+
+
+def table_text(summaries):
+    """{"base": summary, "final": summary} -> a table with intervals."""
+    lines = [f"{'':31}" + "".join(f"{name:>24}" for name in summaries)]
+    for key, title in TABLE.items():
+        cells = []
+        for summary in summaries.values():
+            value, interval = summary[key], summary["interval"][key]
+            cells.append("undefined" if value is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]")
+        lines.append(f"{title:31}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+def marked(caption, kinds):
+    """The caption with the names of objects that are not in `kinds` in [brackets]."""
+    words = []
+    for word in caption.split():
+        bare = word.strip(".,")
+        words.append(word.replace(bare, f"[{bare}]") if bare in toy.KINDS and bare not in kinds else word)
+    return " ".join(words)
+
+
+def samples_text(measured, count=4):
+    """Some captions of each model side by side, those first in which the first model invents something."""
+    names, first = list(measured), next(iter(measured.values()))
+    kinds = [{o["word"] for o in scene["objects"]} for scene in first["scenes"]]
+    invents = [i for i, caption in enumerate(first["captions"]) if "[" in marked(caption, kinds[i])]
+    lines = []
+    for i in (invents + list(range(len(kinds))))[:count]:
+        lines.append(f"{first['scenes'][i]['image']}")
+        lines.append(f"    {'truth':6} {first['scenes'][i]['chosen']}")
+        lines += [f"    {name:6} {marked(measured[name]['captions'][i], kinds[i])}" for name in names]
+    return "\n".join(lines)
+
+
+@dataclass
+class Config:
+    model: str = knob("out/mfpo-1/final", "checkpoint to evaluate")
+    base: str = knob("data/toy/base", "the model before training, for the margins and the comparison")
+    data: str = knob("data/toy", "folder of the built-in world")
+    split: str = knob("test", "val | test; tune on val only")
+    json: str = knob("", "also write the numbers here")
+
+    def __post_init__(self):
+        if self.split not in ("val", "test"):
+            raise ValueError(f"--split {self.split!r}: use val or test")
+
+
+def main():
+    config = runtime.parse_config(Config, description=__doc__)
+    device = runtime.start()
+    measured = {}
+    for name, path in (("base", config.base), ("final", config.model)):
+        runtime.say(f"{name}: {path}")
+        measured[name] = measure(runtime.shard(model.load(path), device), config.data, config.split)
+    summaries = {name: summarise(found, measured["base"]) for name, found in measured.items()}
+    runtime.say(samples_text(measured) + "\n\n" + table_text(summaries))
+    if config.json and runtime.rank() == 0:
+        runtime.write_text(config.json, json.dumps(summaries, indent=2))
+        print(f"wrote {config.json}")
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,99 @@
+"""
+Every equation of both papers, once, on tensors only: nothing here knows a model or a file.
+
+Notation (as in the papers): m image, m' distorted image, x question, y_w chosen answer, y_l rejected answer,
+pi the policy, ref the policy before training. A log-probability ("logp") is summed over the tokens of an answer,
+its end-of-sequence token included, in nats. The log-ratio is h(y|x,m) = log pi(y|x,m) - log ref(y|x,m);
+beta * h is the implicit reward. Each loss returns one value per record: the training loop alone averages.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def _check(*tensors):
+    """All (B,) or all (B, T), and at least float32: bfloat16 resolves 100 nats only to 0.5, more than most margins."""
+    assert all(t.shape == tensors[0].shape for t in tensors), [tuple(t.shape) for t in tensors]
+    assert all(t.dtype in (torch.float32, torch.float64) for t in tensors), [t.dtype for t in tensors]
+
+
+def dpo_loss(policy_w, policy_l, ref_w, ref_l, beta):
+    """
+    L_text of MFPO (arXiv:2410.15334), which is DPO, Eq. 7 of Rafailov et al. 2023 (arXiv:2305.18290).
+
+        L_text = -log sigmoid(beta * h(y_w|x,m) - beta * h(y_l|x,m))
+
+    policy_w, policy_l, ref_w, ref_l   (B,) float32 nats, log-probabilities of the answers
+    beta                               > 0; larger keeps pi closer to ref
+    returns  loss (B,) and the reward margin beta * [h(y_w) - h(y_l)] (B,), detached, for the log
+
+    With pi == ref the loss is ln 2 = 0.6931: the trainer checks this at step 0.
+    """
+    _check(policy_w, policy_l, ref_w, ref_l)
+    margin = beta * (policy_w - ref_w) - beta * (policy_l - ref_l)  # (B,)
+    return -F.logsigmoid(margin), margin.detach()
+
+
+def image_loss(policy_w, policy_w_distorted, ref_w, ref_w_distorted, beta):
+    """
+    L_image of MFPO: the same answer y_w is preferred on the image m over the distorted image m'.
+
+        L_image = -log sigmoid(beta * h(y_w|x,m) - beta * h(y_w|x,m'))
+
+    policy_w, ref_w                       (B,) float32 nats, log-probabilities of y_w given m
+    policy_w_distorted, ref_w_distorted   (B,) float32 nats, log-probabilities of y_w given m'
+    returns  loss (B,) and the reward margin (B,), detached
+
+    It is DPO's equation with the image in the place of the answer, so the arithmetic is DPO's.
+    """
+    return dpo_loss(policy_w, policy_w_distorted, ref_w, ref_w_distorted, beta)
+
+
+def margin_loss(policy_w, ref_w, beta, eta):
+    """
+    L_margin of MFPO: holds up the likelihood of the chosen answer, which DPO alone lets fall.
+
+        L_margin = -log sigmoid(beta * h(y_w|x,m) - eta)
+
+    policy_w, ref_w   (B,) float32 nats;   eta   nats of reward, the paper's best is 0
+    returns  loss (B,) and the reward beta * h(y_w) - eta (B,), detached
+
+    With eta = 0 the sum of the three losses is mDPO's (arXiv:2406.11839).
+    """
+    _check(policy_w, ref_w)
+    margin = beta * (policy_w - ref_w) - eta  # (B,)
+    return -F.logsigmoid(margin), margin.detach()
+
+
+def fairness(text_margin, image_margin):
+    """
+    How evenly a model was tuned on its two modalities: 1 is even, 0 or less means one of them was ignored.
+
+        fairness = min(mean R_text, mean R_image) / max(mean R_text, mean R_image)
+
+    text_margin    (B,) nats, h(y_w|m) - h(y_l|m), over held-out records
+    image_margin   (B,) nats, h(y_w|m) - h(y_w|m'); a common factor such as beta cancels
+    returns  a scalar in (-inf, 1]; nan where the larger mean is not positive (an untrained policy prefers nothing)
+
+    DEVIATION: MFPO shows a bar chart of both mean rewards and gives no formula; the ratio is ours.
+    """
+    _check(text_margin, image_margin)
+    low, high = torch.stack([text_margin.mean(), image_margin.mean()]).sort().values
+    return torch.where(high > 0, low / high, torch.full_like(high, torch.nan))
+
+
+def information_gain(token_logp, blank_token_logp, mask):
+    """
+    Image information gain of MBPO (arXiv:2506.08022): how much the image helps to say the answer.
+
+        IIG = 1/T * sum_t [log pi(y_t|x,m,y_<t) - log pi(y_t|x,blank,y_<t)]
+
+    token_logp, blank_token_logp   (B, T) float32 nats, with the image and with the image blanked
+    mask                           (B, T) bool, True at the answer's tokens
+    returns  (B,) nats per token
+
+    DEVIATION: the paper does not print its formula; blank (the processor's mean colour) and the mean are ours.
+    """
+    _check(token_logp, blank_token_logp)
+    gain = torch.where(mask, token_logp - blank_token_logp, 0.0)  # (B, T)
+    return gain.sum(1) / mask.sum(1)

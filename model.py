@@ -1,0 +1,226 @@
+"""
+A thin wrapper around transformers' LLaVA: vision tower + projector + language model, in the open.
+
+    image (3, H, W) in [0, 1] --normalise--> CLIP vision tower --> P patch features --> projector --> P embeddings
+    those embeddings stand where the prompt holds image tokens; the language model reads on from there.
+
+It scores packed rows (data.py), generates, loads a Hugging Face LLaVA folder and saves one in the layout of the hub
+(the one that `LlavaForConditionalGeneration.from_pretrained` and vLLM read). It knows nothing of training.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+
+from data import image_path, load_image
+
+# The prompt of the llava-hf model cards; the answer follows after a space, then </s>.
+TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
+SHARD_BYTES = 4_500_000_000  # one exported file, and the most that export holds in host memory
+
+
+class Policy(nn.Module):
+    """A LLaVA and its processor. `hf` is the transformers model, so nothing about it is hidden or renamed."""
+
+    def __init__(self, hf, processor, train_vision=False):
+        super().__init__()
+        self.hf, self.processor, self.tokenizer = hf, processor, processor.tokenizer
+        vision, images = hf.config.vision_config, processor.image_processor
+        self.image_size = vision.image_size
+        self.image_tokens = (vision.image_size // vision.patch_size) ** 2
+        self.image_id = hf.config.image_token_id
+        self.pad_id = self.tokenizer.pad_token_id
+        for name in ("mean", "std"):  # per channel, applied to pixels in [0, 1]
+            value = torch.tensor(getattr(images, f"image_{name}"), dtype=torch.float32).view(3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+        tower = hf.model.vision_tower
+        tower.requires_grad_(train_vision)
+        # Layers behind the one whose features are read get no gradient; left trainable, they would have no
+        # optimiser state and checkpoints could not be loaded back.
+        for unused in [*tower.encoder.layers[len(tower.encoder.layers) + 1 + hf.config.vision_feature_layer :]]:
+            unused.requires_grad_(False)
+        tower.post_layernorm.requires_grad_(False)
+
+    def forward(self, method, *args, **kwargs):
+        """Call another method by name. FSDP2 gathers the weights of a module in its `forward`, so all enter here."""
+        return getattr(self, method)(*args, **kwargs)
+
+    def vision(self, pixels):
+        """(R, 3, H, W) in [0, 1] -> (R, P, D): the tower's patch features, one layer before the last, CLS dropped."""
+        hidden = self.hf.model.vision_tower((pixels - self.mean) / self.std, output_hidden_states=True).hidden_states
+        return hidden[self.hf.config.vision_feature_layer][:, 1:]
+
+    def embed(self, ids, vision):
+        """(R, L) token ids and (R, P, D) patch features -> (R, L, E) input embeddings of the language model."""
+        embeds = self.hf.get_input_embeddings()(ids)
+        patches = self.hf.model.multi_modal_projector(vision).to(embeds.dtype)  # (R, P, E)
+        return embeds.masked_scatter((ids == self.image_id)[..., None], patches)
+
+    def logps(self, batch, vision=None, entropy=False):
+        """
+        Log-probabilities of the answers of packed rows, in float32 nats.
+
+        batch     data.Batch: R rows with A answers, the longest of T tokens
+        vision    (R, P, D) patch features, if they are known already
+        returns   token_logp (A, T), 0 where batch.answer_mask is False; the answer's logp is its sum over T.
+                  With `entropy`, also the entropy (A, T) of each of these predictions
+
+        The head runs at answer tokens only: at a vocabulary of 32,000 the logits of a whole row would take more
+        memory than the model's activations.
+        """
+        vision = self.vision(batch.pixels) if vision is None else vision
+        hidden = self.hf.model.language_model(
+            inputs_embeds=self.embed(batch.ids, vision),
+            position_ids=batch.position,
+            attention_mask=batch.mask,
+            use_cache=False,
+        ).last_hidden_state  # (R, L, E)
+        logits = self.hf.lm_head(hidden[batch.row, batch.column]).float()  # (N, V)
+
+        def padded(flat):
+            return flat.new_zeros(batch.answer_mask.shape).masked_scatter(batch.answer_mask, flat)  # (A, T)
+
+        token_logp = padded(-F.cross_entropy(logits, batch.target, reduction="none"))
+        if not entropy:
+            return token_logp
+        log_p = logits.log_softmax(-1)
+        return token_logp, padded(-(log_p.exp() * log_p).sum(-1))
+
+    def generate(self, pixels, prompts, max_new_tokens, temperature=0.0):
+        """
+        Answers as text, greedy at temperature 0, else sampled.
+
+        pixels (R, 3, H, W) in [0, 1];   prompts  R lists of token ids (data.encode_prompt)
+        returns  R strings, and R flags: did the answer end by itself, within `max_new_tokens`?
+        """
+        length = max(map(len, prompts))
+        ids = torch.full((len(prompts), length), self.pad_id)
+        for r, prompt in enumerate(prompts):
+            ids[r, length - len(prompt) :] = torch.tensor(prompt)  # left padding: all answers start in one column
+        mask = torch.arange(length) >= torch.tensor([[length - len(prompt)] for prompt in prompts])
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        out = self.hf.generate(
+            input_ids=ids.to(pixels.device),
+            attention_mask=mask.long().to(pixels.device),
+            pixel_values=(pixels - self.mean) / self.std,
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=[self.image_id],  # a sampled image token would ask for an image that is not there
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.pad_id,
+            **sampling,
+        )[:, length:]
+        ended = (out == self.tokenizer.eos_token_id).any(1).tolist()
+        return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)], ended
+
+
+def to_pixels(image, size):
+    """
+    PIL image -> (3, size, size) float32 in [0, 1], as the hub's LLaVA processor does it: the shorter side resized to
+    `size` (bicubic), then the centre cropped. An image of that size passes unchanged.
+    """
+    width, height = image.size
+    if (width, height) != (size, size):
+        scale = size / min(width, height)
+        image = image.resize((max(size, int(width * scale)), max(size, int(height * scale))), Image.Resampling.BICUBIC)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def pair_pixels(policy, records, folder):
+    """Pixels of preference records, (2B, 3, H, W): each record's image, then its distorted image."""
+    names = [record[field] for record in records for field in ("image", "image_rejected")]
+    return torch.stack([to_pixels(load_image(image_path(folder, name)), policy.image_size) for name in names])
+
+
+def load(path, train_vision=False):
+    """
+    A Policy from a LLaVA folder or hub id, in float32. Raises ValueError if it is no such folder.
+
+    Only safetensors are read (a pickle could run code), and no code from the folder is run.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--model {path}: no Hugging Face model folder or id ({reason}). Check the path") from None
+    if config.model_type != "llava":
+        raise ValueError(f"--model {path}: is a {config.model_type!r}; this project trains 'llava' models (LLaVA-1.5)")
+    try:
+        hf = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    except OSError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--model {path}: its weights cannot be read ({reason}). It needs .safetensors") from None
+    return Policy(hf, AutoProcessor.from_pretrained(path), train_vision)
+
+
+def hub_key(name):
+    """A parameter's name in transformers 5 -> its key in files on the hub (the layout since transformers 4)."""
+    for ours, hub in (
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ):
+        if name.startswith(ours):
+            return hub + name.removeprefix(ours)
+    raise AssertionError(f"no hub key for {name}")
+
+
+def save(policy, folder):
+    """
+    Write `policy` to `folder` in the hub's layout: safetensors, config, tokenizer and processor.
+
+    Written aside and renamed, so a half-written folder is never taken for a model. All ranks call it (sharded
+    weights are gathered one by one), rank 0 writes; it holds at most one shard in host memory.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    folder = Path(folder)
+    aside = folder.with_name(folder.name + ".tmp")
+    dtype = policy.hf.config.dtype or torch.float32
+    shards, room = [], 0
+    for name, parameter in policy.hf.named_parameters():
+        room -= parameter.numel() * dtype.itemsize
+        if room < 0:
+            shards.append([])
+            room = SHARD_BYTES - parameter.numel() * dtype.itemsize
+        shards[-1].append((hub_key(name), parameter))
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {}
+        for key, parameter in shard:
+            full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            if first:
+                tensors[key] = full.detach().to("cpu", dtype).contiguous()
+                index[key] = file
+        if first:
+            save_file(tensors, aside / file, metadata={"format": "pt"})
+    if first:
+        if len(shards) > 1:
+            size = sum(p.numel() * dtype.itemsize for p in policy.hf.parameters())
+            text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
+            (aside / "model.safetensors.index.json").write_text(text)
+        policy.hf.config.save_pretrained(aside)
+        policy.hf.generation_config.save_pretrained(aside)
+        policy.processor.save_pretrained(aside)
+        for file in aside.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(aside, folder)
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,374 @@
+"""
+What both trainers need and neither paper mentions: the command line, the process group, sharding, the learning rate,
+checkpoints, the log. A plain `python` run is a world of one process, so that no line elsewhere asks "if distributed".
+"""
+
+import dataclasses
+import difflib
+import gc
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import HfArgumentParser
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+def knob(default, help):
+    """A field of a config dataclass, with the text that --help prints."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse_config(config_class, argv=None, description=None):
+    """
+    The command line as a `config_class`. A wrong flag or value prints what is wrong and exits with code 2.
+
+    Two defaults of the parser that bite are switched off: --bet would be taken for --beta, and a file named
+    <script>.args beside the script would be read without a word.
+    """
+    parser = HfArgumentParser(config_class, allow_abbrev=False, description=description)
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        hint = f"Did you mean {near[0]}?" if near else "--help lists all flags."
+        raise ValueError(f"unknown argument {unknown[0]!r}. {hint}")
+    return config
+
+
+def run(main):
+    """
+    Run a script's `main`, then leave the process group. A user's mistake (a ValueError raised by our own code, or an
+    OSError such as a full disk) is told in one line with exit code 2; anything else is our bug and keeps its traceback.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
+        if isinstance(error, ValueError) and raised_in != Path(__file__).resolve().parent:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        gc.collect()  # FSDP objects alive at the end can abort the process after all work is done
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def write_text(path, text):
+    """Write a file whole or not at all: aside, synced, renamed."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def write_jsonl(path, rows):
+    """Write `rows`, one JSON object a line, whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+# ------------------------------------------------------------------------------------------- process group
+
+
+def start():
+    """Join the process group (torchrun's, or a world of one) and return this rank's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(*text):
+    """Print on rank 0 only."""
+    if rank() == 0:
+        print(*text, flush=True)
+
+
+def first_alone(work):
+    """Let rank 0 do `work()` while the others wait; its result (or its ValueError) reaches every rank."""
+    box = [None]
+    if rank() == 0:
+        try:
+            box = [work()]
+        except (ValueError, OSError) as error:
+            box = [error]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], Exception):
+        raise ValueError(str(box[0]))
+    return box[0]
+
+
+def my_share(items):
+    """This rank's items: every world-size-th."""
+    return items[rank() :: world()]
+
+
+def gather(mine):
+    """The reverse of `my_share`: all ranks' lists, interleaved back into one, on every rank."""
+    shares = [None] * world()
+    dist.all_gather_object(shares, mine) if world() > 1 else shares.__setitem__(0, mine)
+    total = sum(map(len, shares))
+    return [shares[i % world()][i // world()] for i in range(total)]
+
+
+def micro_batches(per_step, per_gpu):
+    """
+    How many forward passes make one optimizer step on each rank. ValueError names the nearest sizes that divide.
+
+    The user sets the global batch; accumulation is derived, so that the number of GPUs changes nothing but speed.
+    """
+    together = world() * per_gpu
+    if per_step % together:
+        below = max(together, per_step // together * together)
+        raise ValueError(
+            f"--pairs_per_step {per_step} does not divide into {world()} processes x --pairs_per_gpu {per_gpu}; "
+            f"the nearest sizes that do are {below} and {below + together}"
+        )
+    return per_step // together
+
+
+# ------------------------------------------------------------------------------------------------- sharding
+
+
+def shard(policy, device):
+    """
+    FSDP2 over the layers and the root: each rank keeps its slice of weights, gradients and optimiser state in
+    float32; on a GPU the computation runs in bfloat16. A single CPU process needs neither and is left as it is.
+    """
+    policy.to(device)
+    if world() == 1 and device.type == "cpu":
+        return policy
+    options = {"mesh": init_device_mesh(device.type, (world(),))}
+    if device.type == "cuda":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in [*policy.hf.model.vision_tower.encoder.layers, *policy.hf.model.language_model.layers]:
+        fully_shard(layer, **options)
+    return fully_shard(policy, **options)
+
+
+@contextmanager
+def summoned(policy):
+    """Hold all weights on every rank, so that ranks may generate answers of different lengths without waiting."""
+    modules = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(module is not policy, recurse=False)
+            module.reshard()
+
+
+# ---------------------------------------------------------------------------------------------- optimisation
+
+
+def cosine(step, steps, peak, warm, floor):
+    """Learning rate of update `step` (from 0) of `steps`: linear over `warm`, then a half cosine to floor * peak."""
+    if step < warm:
+        return peak * (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def adamw(policy, weight_decay):
+    """AdamW over the trainable parameters, with weight decay on matrices only. The caller sets the learning rate."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, fused=trained[0].device.type == "cuda")
+
+
+def clip_gradients(policy, limit):
+    """Scale the gradients to a global norm of at most `limit`; returns the norm before, a float."""
+    norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], limit)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+
+
+def training_state(policy, optimizer):
+    """Name -> tensor for all that a resumed run needs: trained weights and both moments of AdamW, by reference."""
+    state = {}
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            moments = optimizer.state[parameter]
+            if not moments:  # before the first update
+                moments["step"] = torch.zeros((), device=parameter.device if parameter.is_cuda else "cpu")
+                moments["exp_avg"] = torch.zeros_like(parameter)
+                moments["exp_avg_sq"] = torch.zeros_like(parameter)
+            state[f"weight.{name}"] = parameter.detach()
+            state |= {f"{key}.{name}": value for key, value in moments.items()}
+    return state
+
+
+def fsync_folder(folder):
+    """Files and folder entries on disk, not in a cache, before a rename makes them count."""
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def save_checkpoint(run_folder, step, policy, optimizer, keep):
+    """
+    Write run_folder/step_00050: safetensors, each rank its shards, with a list of the files and their sizes.
+
+    Written aside, synced and renamed by rank 0, so that a run killed at any moment leaves the last complete
+    checkpoint in place. Then all but the newest `keep` are deleted.
+    """
+    run_folder = Path(run_folder)
+    final = run_folder / f"step_{step:05}"
+    aside = run_folder / f"step_{step:05}.tmp"
+    if rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    writer = HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
+    dcp.save(training_state(policy, optimizer), storage_writer=writer)
+    if rank() == 0:
+        files = {file.name: file.stat().st_size for file in aside.iterdir()}
+        write_text(aside / "checkpoint.json", json.dumps({"step": step, "files": files}, indent=2))
+        fsync_folder(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(aside, final)
+        fsync_folder(run_folder)
+        for old in checkpoints(run_folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def checkpoints(run_folder):
+    """The complete checkpoints of a run, oldest first."""
+    found = [p for p in Path(run_folder).glob("step_*") if p.suffix != ".tmp" and (p / "checkpoint.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def load_checkpoint(folder, policy, optimizer):
+    """Load a checkpoint in place and return its step. ValueError if it is incomplete or of another model."""
+    folder = Path(folder)
+    recorded = json.loads((folder / "checkpoint.json").read_text())
+    for name, size in recorded["files"].items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise ValueError(f"{folder / name}: missing or damaged. Delete {folder} to resume from the one before")
+    state, reader = training_state(policy, optimizer), HuggingFaceStorageReader(str(folder))
+    stored = reader.read_metadata().state_dict_metadata
+    for name, tensor in state.items():
+        if name not in stored or tuple(stored[name].size) != tuple(tensor.shape):
+            has = f"of shape {tuple(stored[name].size)}" if name in stored else "absent"
+            raise ValueError(
+                f"{folder}: is a checkpoint of another model: {name} is {has}, this model has {tuple(tensor.shape)}. "
+                "Resume with the --model and settings of that run"
+            )
+    dcp.load(state, storage_reader=reader)
+    return recorded["step"]
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+
+def open_run(config, prefix):
+    """
+    The folder of a new run, with its config.json. An empty config.out takes the next free out/<prefix>-<n>; a
+    folder that already holds a run is an error, and nothing in it is touched.
+    """
+    if not config.out:
+        number = 1
+        while Path(f"out/{prefix}-{number}").exists():
+            number += 1
+        config.out = f"out/{prefix}-{number}"
+    folder = Path(config.out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--out {folder}: exists already. Continue that run with --resume {folder}, or name another")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
+    return folder
+
+
+def resumed_config(config_class, config, argv):
+    """The config of the run in config.resume. Its settings hold: any other flag beside --resume is an error."""
+    others = [flag for flag in argv if flag.startswith("--") and flag.split("=")[0] != "--resume"]
+    if others:
+        raise ValueError(f"--resume takes all settings from the run's config.json. Drop {' '.join(others)}")
+    path = Path(config.resume) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--resume {config.resume}: holds no config.json, so no run. Name a folder such as out/mfpo-1")
+    try:
+        stored = json.loads(path.read_text())
+        return config_class(**{**stored, "out": config.resume, "resume": config.resume})
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not the config of this script ({error}). Resume with the script that wrote it"
+        ) from None
+
+
+class Log:
+    """One line a step for people and, unrounded, for machines (metrics.jsonl). Rank 0 writes; the others call in vain."""
+
+    def __init__(self, folder, steps, first_step, every):
+        self.steps, self.every, self.path = steps, every, Path(folder) / "metrics.jsonl"
+        self.began, self.first_step = time.perf_counter(), first_step
+        if rank() == 0:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= first_step]  # later ones are done again
+            write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def __call__(self, step, text, **values):
+        """`step` counts finished updates. Every value goes to the file; every `every`-th step prints `text`."""
+        if rank() != 0:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if step % self.every == 0 or step in (1, self.steps):
+            spent = time.perf_counter() - self.began
+            left = spent / (step - self.first_step) * (self.steps - step)
+            eta = f"{left / 60:.0f}m" if left > 90 else f"{left:.0f}s"
+            print(f"step {step:05}/{self.steps:05} | {text} | {memory_gb():.1f} GB | eta {eta}", flush=True)
+
+
+def memory_gb():
+    """Peak memory of this rank in GB: the GPU's, or on a CPU the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource  # absent on Windows, where nothing else of this would work either
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

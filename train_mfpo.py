@@ -1,0 +1,299 @@
+"""
+MFPO (arXiv:2410.15334): preference tuning on pairs that differ in the answer or in the image, easy pairs first.
+
+    laptop   torchrun train_mfpo.py
+    8 GPUs   torchrun --standalone --nproc_per_node=8 train_mfpo.py --model <hf id or folder> --data <folder>
+
+reads    <data>/mfpo.jsonl and its images (format: data.py)
+writes   out/<run>/{config.json, metrics.jsonl, step_00050/, final/, eval.json}; continue with --resume out/<run>
+"""
+
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import build_data
+import data
+import eval
+import model
+import runtime
+from losses import dpo_loss, image_loss, margin_loss
+from runtime import knob, say
+
+
+@dataclass
+class Config:
+    # What is trained on what
+    model: str = knob("toy", "'toy' (<data>/base, built here if missing) or a Hugging Face LLaVA folder or id")
+    data: str = knob("data/toy", "folder with mfpo.jsonl, or a JSONL file; the toy world is built here if missing")
+    out: str = knob("", "folder of this run; empty: the next free out/mfpo-<n>")
+    resume: str = knob("", "folder of a run to continue; all settings come from it")
+    max_length: int = knob(2048, "tokens of image, question and answer; a longer record is an error, never cut")
+    skip_bad: bool = knob(False, "drop bad records, counted by reason, instead of stopping at the first")
+    # The method
+    beta: float = knob(0.3, "inverse temperature; our choice on the toy's validation scenes (DPO papers: 0.1 to 0.5)")
+    text_weight: float = knob(1.0, "weight of L_text; the paper's best sweep is 1 : 1 : 1")
+    image_weight: float = knob(1.0, "weight of L_image; 0 drops the distorted image's forward pass too")
+    margin_weight: float = knob(1.0, "weight of L_margin")
+    eta: float = knob(0.0, "offset of L_margin in nats of reward; the paper's best")
+    curriculum: str = knob("easy_to_hard", "easy_to_hard (the paper) | hard_to_easy | none")
+    epochs: int = knob(2, "passes over the records (over each third with a curriculum)")
+    # The optimiser
+    learning_rate: float = knob(1e-4, "peak, then a half cosine to a tenth; our choice for the toy (7B: 1e-6 or less)")
+    warmup_steps: int = knob(10, "linear warm-up")
+    weight_decay: float = knob(0.0, "on matrices only")
+    clip_norm: float = knob(1.0, "largest global gradient norm; a usual value")
+    train_vision: bool = knob(False, "train the vision tower too")
+    pairs_per_step: int = knob(16, "records per optimizer step over all processes; accumulation is derived")
+    pairs_per_gpu: int = knob(16, "records per forward pass; lower it when memory runs out")
+    # Keeping
+    seed: int = knob(0, "seed of the toy world's preference scenes, its base model, and the order of records")
+    save_every: int = knob(50, "steps between checkpoints")
+    keep: int = knob(2, "checkpoints to keep")
+    log_every: int = knob(10, "steps between printed lines; metrics.jsonl has every step")
+    eval_split: str = knob("test", "test | val | none: toy scenes for the table before and after; tune on val only")
+
+    def __post_init__(self):
+        for name in ("beta", "learning_rate", "epochs", "pairs_per_step", "pairs_per_gpu", "save_every", "keep",
+                     "log_every", "max_length", "clip_norm"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
+        for name in ("text_weight", "image_weight", "margin_weight", "weight_decay", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if self.text_weight + self.image_weight + self.margin_weight == 0:
+            raise ValueError("--text_weight, --image_weight and --margin_weight are all 0: nothing to train")
+        for name, choices in (
+            ("curriculum", ("easy_to_hard", "hard_to_easy", "none")),
+            ("eval_split", ("test", "val", "none")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} {getattr(self, name)!r}: use one of {', '.join(choices)}")
+
+
+def prepare_toy(folder, seed):
+    """Build what the toy world in `folder` lacks: scenes, base model, records. Returns the base model's folder."""
+    build_data.build_toy(build_data.ToyConfig(out=str(folder), seed=seed))
+    for source, out in (("preference", "mfpo"), ("val", "mfpo_val"), ("test", "mfpo_test")):
+        if not (folder / f"{out}.jsonl").is_file():
+            source, out, base = (str(folder / name) for name in (f"{source}.jsonl", f"{out}.jsonl", "base"))
+            build_data.build_mfpo(build_data.MfpoConfig(source=source, out=out, model=base, seed=seed))
+    return str(folder / "base")
+
+
+def fingerprint(policy, data_path, records):
+    """
+    A name for everything that the reference log-probabilities depend on: weights, tokenizer, template, image
+    settings, records, image files, precision. If any of it changes, so does the name, and a stale cache is not found.
+    """
+    sha = hashlib.sha256()
+    for name, parameter in policy.named_parameters():
+        sha.update(name.encode() + parameter.detach().cpu().numpy().tobytes())
+    settings = [model.TEMPLATE, policy.image_size, policy.mean.tolist(), policy.std.tolist(), str(policy.mean.device)]
+    sha.update(json.dumps([settings, policy.tokenizer.get_vocab(), records], sort_keys=True).encode())
+    for record in records:
+        for field in ("image", "image_rejected"):
+            sha.update(data.image_path(data_path.parent, record[field]).read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def forward(policy, records, rows, folder, image_weight, entropy=False):
+    """
+    Log-probabilities of B records under `policy`: (B, 3) float32 nats for y_w, y_l, and y_w given the distorted image
+    (nan without the image term, whose rows are then left out). With `entropy`, also the mean entropy over y_w (B,).
+    """
+    with_image = image_weight > 0
+    pixels = model.pair_pixels(policy, records, folder)  # (2B, 3, H, W)
+    rows = [row for pair in rows for row in pair]
+    packed = data.pack(*((rows, pixels) if with_image else (rows[::2], pixels[::2])), policy.pad_id)
+    out = policy("logps", packed.to(policy.mean.device), entropy=entropy)
+    token_logp, token_entropy = out if entropy else (out, None)
+    logp = token_logp.sum(1).view(len(records), -1)  # (B, 3) or (B, 2)
+    if not with_image:
+        logp = torch.cat([logp, logp.new_full((len(records), 1), math.nan)], 1)
+    if not entropy:
+        return logp
+    tokens = packed.answer_mask.sum(1).to(token_entropy.device)
+    return logp, (token_entropy.sum(1) / tokens).view(len(records), -1)[:, 0]
+
+
+def reference_pass(policy, records, rows, data_path, batch):
+    """
+    One pass without gradients over all records, cached in ref_<fingerprint>.jsonl beside them: no reference model
+    has to sit in memory while training, and the curriculum knows each record's entropy.
+
+    returns  logp (N, 3) float32 nats: y_w, y_l, y_w given the distorted image;   entropy (N,) nats per token
+    """
+    name = runtime.first_alone(lambda: fingerprint(policy, data_path, records))
+    path = data_path.parent / f"ref_{name}.jsonl"
+    if not path.is_file():
+        mine, found = runtime.my_share(range(len(records))), []
+        with torch.no_grad():
+            for i in tqdm(range(0, len(mine), batch), "reference", leave=False, disable=runtime.rank() > 0):
+                pick = mine[i : i + batch]
+                logp, entropy = forward(
+                    policy, [records[j] for j in pick], [rows[j] for j in pick], data_path.parent, 1.0, entropy=True
+                )
+                found += torch.cat([logp, entropy[:, None]], 1).tolist()
+        found = runtime.gather(found)
+        names = ("chosen", "rejected", "chosen_distorted", "entropy")
+        lines = [{"id": r["id"], **dict(zip(names, v, strict=True))} for r, v in zip(records, found, strict=True)]
+        runtime.first_alone(lambda: runtime.write_jsonl(path, lines))
+        say(f"wrote {path}: reference log-probabilities of {len(records)} records")
+    else:
+        say(f"reference log-probabilities: {path}")
+    lines = [line for _, line in data.read_jsonl(path)]
+    logp = torch.tensor([[line[k] for k in ("chosen", "rejected", "chosen_distorted")] for line in lines])
+    return logp, [line["entropy"] for line in lines]
+
+
+def main():
+    argv = sys.argv[1:]
+    config = runtime.parse_config(Config, argv, description=__doc__)
+    if config.resume:
+        config = runtime.resumed_config(Config, config, argv)
+    device = runtime.start()
+    micro_batches = runtime.micro_batches(config.pairs_per_step, config.pairs_per_gpu)
+
+    # ------------------------------------------------------------------ data, base model, reference
+    folder = Path(config.data)
+    data_path = folder if folder.suffix == ".jsonl" else folder / "mfpo.jsonl"
+    folder, base = data_path.parent, config.model
+    if base == "toy":
+        if folder.exists() and folder != Path("data/toy") and not (folder / "preference.jsonl").is_file():
+            raise ValueError(
+                f"--data {folder}: holds neither {data_path.name} nor the toy world. Build records there with "
+                f"build_data.py mfpo and name their --model, or build the toy world: build_data.py toy --out {folder}"
+            )
+        base = runtime.first_alone(lambda: prepare_toy(folder, config.seed))
+    records = data.read_records(data_path, data.MFPO_FIELDS, config.skip_bad)
+    policy = runtime.shard(model.load(base, config.train_vision), device)
+    policy.train()
+    if not config.resume:
+        run = Path(runtime.first_alone(lambda: str(runtime.open_run(config, "mfpo"))))
+    else:
+        run = Path(config.resume)
+    rows = [
+        data.mfpo_rows(r, folder, policy.tokenizer, model.TEMPLATE, policy.image_tokens, config.max_length)
+        for r in records
+    ]
+    ref_logp, entropy = reference_pass(policy, records, rows, data_path, config.pairs_per_gpu)
+    measured = {}
+    scenes = config.eval_split != "none" and (folder / f"mfpo_{config.eval_split}.jsonl").is_file()
+    if scenes:
+        measured["base"] = eval.measure(policy, folder, config.eval_split)
+
+    # ------------------------------------------------------------------ order, optimiser, resume
+    order = data.epoch_order(entropy, config.epochs, config.curriculum, config.seed)
+    steps = len(order) // config.pairs_per_step
+    if steps == 0:
+        raise ValueError(
+            f"{data_path}: {len(records)} records make no step of --pairs_per_step {config.pairs_per_step}"
+        )
+    left = len(order) - steps * config.pairs_per_step
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    say(
+        f"run {run}: {len(records)} records, {steps} steps of {config.pairs_per_step} pairs"
+        + (f" (the last {left} of the order do not fill a step and are left out)" if left else "")
+        + f"; {trained:,} parameters trained, {runtime.world()} process(es) on {device.type}"
+    )
+    optimizer = runtime.adamw(policy, config.weight_decay)
+    first_step = 0
+    if config.resume:
+        found = runtime.checkpoints(run)
+        if found:
+            first_step = runtime.load_checkpoint(found[-1], policy, optimizer)
+        say(f"resumed from {found[-1] if found else 'the beginning: no checkpoint was complete'}")
+    log = runtime.Log(run, steps, first_step, config.log_every)
+
+    # ================================================================== the loop
+    for step in range(first_step, steps):
+        began = time.perf_counter()
+        lr = runtime.cosine(step, steps, config.learning_rate, config.warmup_steps, floor=0.1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        picked = order[step * config.pairs_per_step : (step + 1) * config.pairs_per_step]
+        mine = runtime.my_share(picked)
+        totals = torch.zeros(9, device=device)
+        for micro in range(micro_batches):
+            pick = mine[micro * config.pairs_per_gpu : (micro + 1) * config.pairs_per_gpu]
+            logp = forward(policy, [records[i] for i in pick], [rows[i] for i in pick], folder, config.image_weight)
+            policy_w, policy_l, policy_d = logp.unbind(1)  # (B,) each: y_w | m, y_l | m, y_w | m'
+            ref_w, ref_l, ref_d = ref_logp[pick].to(device).unbind(1)
+            text, text_margin = dpo_loss(policy_w, policy_l, ref_w, ref_l, config.beta)
+            anchor, chosen_reward = margin_loss(policy_w, ref_w, config.beta, config.eta)
+            loss = config.text_weight * text + config.margin_weight * anchor  # (B,)
+            image, image_margin = torch.zeros_like(text), torch.full_like(text, math.nan)
+            if config.image_weight > 0:
+                image, image_margin = image_loss(policy_w, policy_d, ref_w, ref_d, config.beta)
+                loss = loss + config.image_weight * image
+            # The mean over the pairs of the whole step: FSDP averages over the ranks, so each multiplies by them.
+            (loss.sum() * runtime.world() / config.pairs_per_step).backward()
+            totals += torch.stack(
+                [v.detach().float().sum() for v in (loss, text, image, anchor, text_margin > 0, image_margin > 0,
+                                                    text_margin, image_margin, chosen_reward)]
+            )  # fmt: skip
+        # Sums first, one division last: the log shows the whole batch, not the last part of the first rank.
+        dist.all_reduce(totals)
+        names = ("loss", "text_loss", "image_loss", "margin_loss", "text_acc", "image_acc", "text_margin",
+                 "image_margin", "chosen_reward")  # fmt: skip
+        values = dict(zip(names, (totals / config.pairs_per_step).tolist(), strict=True))
+        values["gnorm"] = runtime.clip_gradients(policy, config.clip_norm)
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gnorm"])):
+            ids = [records[i]["id"] for i in picked]
+            raise ValueError(
+                f"step {step + 1}: loss {values['loss']}, gradient norm {values['gnorm']}: stopped before the update. "
+                f"Records of this step: {', '.join(ids)}. Lower --learning_rate, or look at these records"
+            )
+        if step == 0:
+            # Policy and reference are the same model, so every margin is 0 and every loss is known.
+            expected = (config.text_weight + config.image_weight) * math.log(2)
+            expected += config.margin_weight * math.log1p(math.exp(config.eta))
+            exact = 1e-3 if device.type == "cpu" else 5e-2  # bfloat16 kernels depend on the shape of the batch
+            assert abs(values["loss"] - expected) < exact, f"first loss {values['loss']}, expected {expected}"
+            say(f"first loss {values['loss']:.4f}, as it must be with policy = reference: {expected:.4f}")
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        values["lr"], values["time_s"] = lr, time.perf_counter() - began
+        values = {name: None if math.isnan(value) else value for name, value in values.items()}
+        seen_image = f"/{values['image_acc']:.2f}" if config.image_weight > 0 else ""
+        image_shown = f"/{values['image_margin']:+.2f}" if config.image_weight > 0 else ""
+        log(
+            step + 1,
+            f"loss {values['loss']:.4f} | acc {values['text_acc']:.2f}{seen_image} | margin "
+            f"{values['text_margin']:+.2f}{image_shown} | chosen {values['chosen_reward']:+.2f} | gnorm "
+            f"{values['gnorm']:.2f} | lr {lr:.1e} | {config.pairs_per_step / values['time_s']:.1f} pairs/s",
+            **values,
+        )
+        if (step + 1) % config.save_every == 0 and step + 1 < steps:
+            runtime.save_checkpoint(run, step + 1, policy, optimizer, config.keep)
+    # ==================================================================
+
+    policy.eval()
+    model.save(policy, run / "final")
+    say(f"wrote {run}/final")
+    if scenes:
+        measured["final"] = eval.measure(policy, folder, config.eval_split)
+        summaries = {name: eval.summarise(found, measured["base"]) for name, found in measured.items()}
+        say(f"\n{eval.samples_text(measured)}\n\n{eval.table_text(summaries)}\n")
+        runtime.first_alone(lambda: runtime.write_text(run / "eval.json", json.dumps(summaries, indent=2)))
+        say(f"wrote {run}/eval.json ({config.eval_split} scenes of {folder})")
+    say(
+        f"next: torchrun train_mfpo.py --image_weight 0 --margin_weight 0   (text-only DPO, the contrast)\n"
+        f"      python eval.py --model {run}/final --base {base} --data {folder} --split val\n"
+        f"      bash runs/mfpo_ablation.sh"
+    )
+
+
+if __name__ == "__main__":
+    runtime.run(main)
