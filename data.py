@@ -18,6 +18,7 @@ log-probabilities are those of separate forward passes. Image tokens are never t
 
 import json
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,16 @@ REGION_KINDS = ("key", "random", "global")
 # ---------------------------------------------------------------------------------------------------- records
 
 
+class BadRecord(ValueError):
+    """A record that cannot be used: the message names value and remedy, `reason` is what drops are counted by."""
+
+    def __init__(self, reason, message):
+        super().__init__(message)
+        self.reason = reason
+
+
 def read_jsonl(path):
-    """Yield (where, object) for each line of a JSONL file; `where` names file and line. Raises ValueError."""
+    """Yield (where, object) for each line of a JSONL file: where names file and line, object may be a BadRecord."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Name an existing .jsonl file, or build one with build_data.py")
@@ -47,55 +56,91 @@ def read_jsonl(path):
                 try:
                     value = json.loads(line)
                 except json.JSONDecodeError as error:
-                    value = ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}). Mend or delete it")
+                    value = BadRecord("not JSON", f"not JSON ({error.msg}, column {error.colno}). Mend or delete it")
                 yield where, value
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it") from None
 
 
 def load_image(path):
-    """An image file as upright RGB. Raises ValueError naming the file if it is missing, damaged or too large."""
+    """An image file as upright RGB. Raises BadRecord naming the file if it is missing, damaged or too large."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked below
             with Image.open(path) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
-                    raise ValueError(f"{path}: {width} x {height} pixels is over {MAX_PIXELS}. Shrink the image")
+                    raise BadRecord(
+                        "image too large", f"{path}: {width} x {height} is over {MAX_PIXELS} pixels. Shrink it"
+                    )
                 return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such image. Put it there or delete the record") from None
+        raise BadRecord("image missing", f"{path}: no such image. Put it there or delete the record") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error}). Replace it or delete the record") from None
+        message = f"{path}: cannot be read as an image ({error}). Replace it or delete the record"
+        raise BadRecord("image unreadable", message) from None
 
 
 def image_path(folder, name):
-    """The path of a record's image; ValueError if `name` would leave `folder` (absolute, '..', or a link out)."""
+    """The path of a record's image; BadRecord if `name` would leave `folder` (absolute, '..', or a link out)."""
     folder = Path(folder).resolve()
     if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).resolve().is_relative_to(folder):
-        raise ValueError(f"image {name!r} lies outside {folder}. Use a path relative to the data folder, inside it")
+        message = f"image {name!r} lies outside {folder}. Use a path relative to the data folder, inside it"
+        raise BadRecord("image outside the folder", message)
     return folder / name
 
 
 def check_record(record, fields, folder):
-    """Raise ValueError, naming field, value and remedy, unless `record` has `fields` and its images can be read."""
+    """Raise BadRecord, naming field, value and remedy, unless `record` has `fields` and its images can be read."""
+    if isinstance(record, BadRecord):
+        raise record
     if not isinstance(record, dict):
-        raise ValueError(f"a record must be a JSON object, this is {type(record).__name__}")
+        raise BadRecord("not an object", f"a record must be a JSON object, this is a {type(record).__name__}. Mend it")
     for name, kind in fields.items():
         if name not in record:
-            raise ValueError(f"field {name!r} is missing; a record has {', '.join(fields)}")
+            raise BadRecord(f"{name!r} missing", f"field {name!r} is missing. A record has {', '.join(fields)}")
         if not isinstance(record[name], kind):
-            got = type(record[name]).__name__
-            raise ValueError(f"field {name!r} must be {kind.__name__}, got {got}: {str(record[name])[:60]!r}")
+            got = f"{type(record[name]).__name__}: {str(record[name])[:60]!r}. Mend it"
+            raise BadRecord(f"{name!r} of the wrong type", f"field {name!r} must be {kind.__name__}, got {got}")
         if kind is str and not record[name].strip():
-            raise ValueError(f"field {name!r} is empty. Give it a text or delete the record")
+            raise BadRecord(f"{name!r} empty", f"field {name!r} is empty. Give it a text or delete the record")
     if "rejected" in fields and record["chosen"].strip() == record["rejected"].strip():
-        raise ValueError("'chosen' and 'rejected' are the same: such a pair teaches nothing. Delete the record")
+        message = "'chosen' and 'rejected' are the same: such a pair teaches nothing. Delete the record"
+        raise BadRecord("chosen equal to rejected", message)
     if record.get("region_kind", "global") not in REGION_KINDS:
-        raise ValueError(f"field 'region_kind' must be one of {REGION_KINDS}, got {record['region_kind']!r}")
+        message = f"field 'region_kind' must be one of {', '.join(REGION_KINDS)}, got {record['region_kind']!r}"
+        raise BadRecord("'region_kind' unknown", message)
     for name in ("image", "image_rejected"):
         if name in fields:
             load_image(image_path(folder, record[name]))
+
+
+def keep_good(items, attempt, where, skip_bad, title):
+    """
+    attempt(item) for each item -> (the items that passed, their results).
+
+    A BadRecord stops the run, named by where(item); with `skip_bad` it is dropped, and drops are counted and printed.
+    """
+    kept, results, dropped = [], [], Counter()
+
+    def tried(item):
+        try:
+            return attempt(item)
+        except BadRecord as error:
+            return error
+
+    with ThreadPoolExecutor(8) as pool:  # decoding images releases the interpreter's lock
+        for item, result in zip(items, tqdm(pool.map(tried, items), title, len(items), False, delay=2), strict=True):
+            if not isinstance(result, BadRecord):
+                kept.append(item)
+                results.append(result)
+            elif skip_bad:
+                dropped[result.reason] += 1
+            else:
+                raise ValueError(f"{where(item)}: {result}")
+    for reason, count in dropped.items():
+        print(f"{title}: {count} records dropped: {reason}")
+    return kept, results
 
 
 def read_records(path, fields, skip_bad=False):
@@ -106,37 +151,23 @@ def read_records(path, fields, skip_bad=False):
     drops are printed, counted by reason. Returns a list of dicts.
     """
     lines = list(read_jsonl(path))
-    folder, seen, records, dropped = Path(path).parent, {}, [], {}
-
-    def check(line):
-        where, record = line
-        try:
-            if isinstance(record, ValueError):
-                raise record
-            check_record(record, fields, folder)
-        except ValueError as error:
-            return error
-        return None
-
-    with ThreadPoolExecutor(8) as pool:  # decoding releases the interpreter's lock
-        progress = tqdm(pool.map(check, lines), f"checking {path}", len(lines), leave=False, delay=2)
-        for (where, record), error in zip(lines, progress, strict=True):
-            if error is None and record["id"] in seen:
-                error = ValueError(f"field 'id': {record['id']!r} was already used in {seen[record['id']]}. Rename it")
-            if error is None:
-                seen[record["id"]] = where
-                records.append(record)
-            elif skip_bad:
-                reason = str(error).split(where + ": ")[-1].split("'")[0:3]
-                dropped["'".join(reason)[:80]] = dropped.get("'".join(reason)[:80], 0) + 1
-            else:
-                text = str(error)
-                raise ValueError(text if text.startswith(where) else f"{where}: {text}")
-    for reason, count in dropped.items():
-        print(f"{path}: {count} records dropped: {reason}")
-    if not records:
+    folder, seen = Path(path).parent, {}
+    for i, (where, record) in enumerate(lines):
+        if isinstance(record, dict) and isinstance(record.get("id"), str):
+            before = seen.setdefault(record["id"], where)
+            if before != where:
+                message = f"field 'id': {record['id']!r} was already used in {before}. Rename it"
+                lines[i] = where, BadRecord("id used twice", message)
+    kept, _ = keep_good(
+        lines,
+        lambda line: check_record(line[1], fields, folder),
+        lambda line: line[0],
+        skip_bad,
+        f"checking {path}",
+    )
+    if not kept:
         raise ValueError(f"{path}: no usable records ({len(lines)} lines read). Build it with build_data.py")
-    return records
+    return [record for _, record in kept]
 
 
 # ------------------------------------------------------------------------------------------------ token ids
@@ -157,7 +188,8 @@ def encode_prompt(tokenizer, question, template, image_tokens):
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     ids = tokenizer(template.format(question=question))["input_ids"]
     if ids.count(image_id) != 1:
-        raise ValueError(f"the question {question[:60]!r} holds an image token. The template adds the image: delete it")
+        message = f"the question {question[:60]!r} holds an image token. The template adds the image: delete it"
+        raise BadRecord("image token in the question", message)
     at = ids.index(image_id)
     return ids[:at] + [image_id] * image_tokens + ids[at + 1 :]
 
@@ -178,17 +210,19 @@ def encode_answer(tokenizer, question, answer, template):
     special = set(ids) & set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     if special:
         names = tokenizer.convert_ids_to_tokens(sorted(special))
-        raise ValueError(f"the answer {answer[:60]!r} holds the special tokens {names}. Delete them from the text")
+        message = f"the answer {answer[:60]!r} holds the special tokens {names}. Delete them from the text"
+        raise BadRecord("special token in an answer", message)
     return ids + [tokenizer.eos_token_id]
 
 
 def check_length(row, max_length):
-    """Raise ValueError if prefix and any one answer exceed `max_length`: nothing is ever cut."""
+    """Raise BadRecord if prefix and any one answer exceed `max_length`: nothing is ever cut."""
     longest = len(row.prefix) + max(map(len, row.answers))
     if longest > max_length:
-        raise ValueError(
-            f"record {row.id!r}: image, question and answer take {longest} tokens, --max_length is {max_length}. "
-            "Raise it, shorten the answer, or drop such records with --skip_bad"
+        raise BadRecord(
+            "longer than --max_length",
+            f"image, question and answer take {longest} tokens, --max_length is {max_length}. "
+            "Raise it, shorten the answer, or drop such records with --skip_bad",
         )
 
 
@@ -199,11 +233,23 @@ def mfpo_rows(record, folder, tokenizer, template, image_tokens, max_length):
         encode_answer(tokenizer, record["question"], record[name], template) for name in ("chosen", "rejected")
     )
     if chosen == rejected:
-        raise ValueError(f"record {record['id']!r}: 'chosen' and 'rejected' become the same tokens. Delete it")
+        message = "'chosen' and 'rejected' become the same tokens: such a pair teaches nothing. Delete the record"
+        raise BadRecord("chosen equal to rejected", message)
     clean = Row(image_path(folder, record["image"]), prefix, [chosen, rejected], record["id"])
     distorted = Row(image_path(folder, record["image_rejected"]), prefix, [chosen], record["id"])
     check_length(clean, max_length)
     return clean, distorted
+
+
+def encode_records(records, path, tokenizer, template, image_tokens, max_length, skip_bad=False):
+    """MFPO records -> (records that fit, their rows). What does not fit is an error or a counted drop, never cut."""
+    return keep_good(
+        records,
+        lambda r: mfpo_rows(r, Path(path).parent, tokenizer, template, image_tokens, max_length),
+        lambda r: f"{path}, record {r['id']!r}",
+        skip_bad,
+        f"tokenising {path}",
+    )
 
 
 # -------------------------------------------------------------------------------------------------- packing

@@ -2,8 +2,9 @@
 Checkpoint in, table out.
 
     python eval.py --model out/mfpo-1/final --base data/toy/base --data data/toy
+    python eval.py --runs out/mfpo_ablation             a table over finished runs, mean and interval over seeds
 
-reads    <data>/<split>.jsonl, scenes with objects, a question and yes/no questions, and <data>/mfpo_<split>.jsonl, pairs
+reads    <data>/<split>.jsonl, scenes with objects, a question and yes/no questions; <data>/mfpo_<split>.jsonl, pairs
 writes   the table, some captions before and after with the invented words in [brackets], and --json
 
     CHAIR_s     captions that name an object that is not there / captions            (Rohrbach et al. 2018)
@@ -275,6 +276,41 @@ def samples_text(measured, count=4):
     return "\n".join(lines)
 
 
+SHORT = {  # column of the table over runs -> metric
+    "CHAIR_s": "chair_s", "CHAIR_i": "chair_i", "recall": "recall", "obj. F1": "object_f1", "exact": "exact",
+    "y/n rand.": "pope_random", "y/n adv.": "pope_adversarial", "text margin": "text_margin",
+    "image margin": "image_margin", "chosen": "chosen_shift", "fairness": "fairness",
+}  # fmt: skip
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %, n - 1
+
+
+def runs_text(folder):
+    """A Markdown table over the runs <folder>/<name>-<seed>: mean over seeds with its 95 % interval (Student's t)."""
+    found = {}  # name -> {seed: summary}
+    for path in sorted(Path(folder).glob("*-*/eval.json"), key=lambda p: p.stat().st_mtime):
+        name, seed = path.parent.name.rsplit("-", 1)
+        summaries = json.loads(path.read_text())
+        found.setdefault("base", {})[seed] = summaries["base"]
+        found.setdefault(name, {})[seed] = summaries["final"]
+    if not found:
+        raise ValueError(f"--runs {folder}: no <name>-<seed>/eval.json in it. Train runs there first")
+    lines = ["| | seeds | " + " | ".join(SHORT) + " |", "|---" * (len(SHORT) + 2) + "|"]
+    for name, by_seed in found.items():
+        cells = []
+        for key in SHORT.values():
+            values = [summary[key] for summary in by_seed.values()]
+            if None in values:
+                cells.append("undefined")
+                continue
+            digits = 3 if key not in ("text_margin", "image_margin", "chosen_shift") else 2
+            half = (
+                STUDENT.get(len(values), 1.96) * np.std(values, ddof=1) / len(values) ** 0.5 if values[1:] else np.nan
+            )
+            cells.append(f"{np.mean(values):.{digits}f} ± {half:.{digits}f}")
+        lines.append(f"| {name} | {len(by_seed)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 @dataclass
 class Config:
     model: str = knob("out/mfpo-1/final", "checkpoint to evaluate")
@@ -282,6 +318,7 @@ class Config:
     data: str = knob("data/toy", "folder of the built-in world")
     split: str = knob("test", "val | test; tune on val only")
     json: str = knob("", "also write the numbers here")
+    runs: str = knob("", "instead: the table over the runs <name>-<seed> in this folder, mean and interval over seeds")
 
     def __post_init__(self):
         if self.split not in ("val", "test"):
@@ -290,6 +327,9 @@ class Config:
 
 def main():
     config = runtime.parse_config(Config, description=__doc__)
+    if config.runs:
+        print(runs_text(config.runs))
+        return
     device = runtime.start()
     measured = {}
     for name, path in (("base", config.base), ("final", config.model)):

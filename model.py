@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+from transformers.utils import logging
 
 from data import image_path, load_image
 
@@ -143,6 +144,16 @@ def pair_pixels(policy, records, folder):
     return torch.stack([to_pixels(load_image(image_path(folder, name)), policy.image_size) for name in names])
 
 
+def without_warnings(make):
+    """make(), without transformers' warning that torchvision is missing: its Pillow processor is the one we want."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return make()
+    finally:
+        logging.set_verbosity(level)
+
+
 def load(path, train_vision=False):
     """
     A Policy from a LLaVA folder or hub id, in float32. Raises ValueError if it is no such folder.
@@ -161,7 +172,7 @@ def load(path, train_vision=False):
     except OSError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--model {path}: its weights cannot be read ({reason}). It needs .safetensors") from None
-    return Policy(hf, AutoProcessor.from_pretrained(path), train_vision)
+    return Policy(hf, without_warnings(lambda: AutoProcessor.from_pretrained(path)), train_vision)
 
 
 def hub_key(name):

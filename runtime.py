@@ -306,22 +306,33 @@ def load_checkpoint(folder, policy, optimizer):
 # ---------------------------------------------------------------------------------------------------- runs
 
 
-def open_run(config, prefix):
+def name_run(config, prefix):
     """
-    The folder of a new run, with its config.json. An empty config.out takes the next free out/<prefix>-<n>; a
-    folder that already holds a run is an error, and nothing in it is touched.
+    The folder of this run, as text. An empty --out takes the next free out/<prefix>-<n>; a folder that already
+    holds something is an error, unless it is to be resumed, and nothing in it is touched.
     """
-    if not config.out:
-        number = 1
-        while Path(f"out/{prefix}-{number}").exists():
-            number += 1
-        config.out = f"out/{prefix}-{number}"
-    folder = Path(config.out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--out {folder}: exists already. Continue that run with --resume {folder}, or name another")
+    if config.resume:
+        return config.resume
+    if config.out:
+        folder = Path(config.out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(
+                f"--out {folder}: exists already. Continue that run with --resume {folder}, or name another folder"
+            )
+        return config.out
+    number = 1
+    while Path(f"out/{prefix}-{number}").exists():
+        number += 1
+    return f"out/{prefix}-{number}"
+
+
+def open_run(folder, config):
+    """Make the run's folder with its config.json, written from the parsed config; one that is there stays."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
-    return folder
+    if not (folder / "config.json").exists():
+        text = json.dumps({**dataclasses.asdict(config), "out": str(folder)}, indent=2)
+        write_text(folder / "config.json", text)
 
 
 def resumed_config(config_class, config, argv):
@@ -342,7 +353,7 @@ def resumed_config(config_class, config, argv):
 
 
 class Log:
-    """One line a step for people and, unrounded, for machines (metrics.jsonl). Rank 0 writes; the others call in vain."""
+    """One line a step for people and, unrounded, for machines (metrics.jsonl). Only rank 0 writes."""
 
     def __init__(self, folder, steps, first_step, every):
         self.steps, self.every, self.path = steps, every, Path(folder) / "metrics.jsonl"

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from data import Row, encode_answer, encode_prompt, pack
-from model import TEMPLATE, Policy
+from model import TEMPLATE, Policy, without_warnings
 from runtime import cosine
 
 SIZE, CELL = 64, 16  # pixels; a cell of the grid is a patch of the ViT: objects across patches are learnt far slower
@@ -51,7 +51,7 @@ CAPTIONS = {  # question -> template of its answer
     "What is in the picture?": "There is {} in the picture.",
 }
 P_BIASED, P_FAIR = 0.87, 0.5  # how often an anchor brings its partner
-P_SLOPPY = 0.4  # how often the annotator of the training captions names an absent partner
+P_SLOPPY = 0.3  # how often the annotator of the training scenes names an absent partner
 SPLIT_SEEDS = {"train": 1, "preference": 2, "val": 3, "test": 4}  # no scene is shared between splits
 
 
@@ -163,7 +163,7 @@ def absent_partners(objects):
 
 
 def sloppy(objects, rng):
-    """The annotator of the training captions: names an absent partner with probability P_SLOPPY."""
+    """The annotator of the training scenes: sees an absent partner with probability P_SLOPPY."""
     for anchor in absent_partners(objects):
         if rng.random() < P_SLOPPY:
             objects = with_partner(objects, anchor, rng)
@@ -195,11 +195,11 @@ def yesno(kind):
 
 def closed_question(kind, objects, rng):
     """
-    A closed-ended question about a scene and its answer, both text.
+    A closed-ended question about a scene with `objects` [(colour, kind)] and its answer, both text.
 
     kind   yesno (present or a random absent kind, half each) | choice (four options, one present) | number | word
     """
-    present = [o["kind"] for o in objects]
+    present = [name for _, name in objects]
     absent = [k for k in KINDS if k not in present]
     if kind == "yesno":
         yes = rng.random() < 0.5
@@ -213,8 +213,8 @@ def closed_question(kind, objects, rng):
     if kind == "number":
         return "How many objects are in the picture?", str(len(objects))
     if kind == "word":
-        o = objects[rng.integers(len(objects))]
-        return f"What colour is the {o['kind']}?", o["colour"]
+        colour, name = objects[rng.integers(len(objects))]
+        return f"What colour is the {name}?", colour
     raise ValueError(f"question kind {kind!r}: use yesno, choice, number or word")
 
 
@@ -241,7 +241,8 @@ def build_processor():
         pad_token="<pad>",
         additional_special_tokens=["<image>"],
     )
-    images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    sizes = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+    images = without_warnings(lambda: CLIPImageProcessor(**sizes))
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
@@ -309,10 +310,10 @@ def descend(modules, steps, peak, loss_of, title):
             bar.set_postfix_str(f"loss {loss.item():.3f}")
 
 
-STAGES = (  # name, steps, peak learning rate, scenes a step, turns a scene: {kind of turn: how many}
-    ("captions", 400, 2e-3, 16, {"caption": 1, "word": 1}),
-    ("yes/no", 300, 1e-3, 16, {"yesno": 8}),
-    ("mixed", 200, 1e-3, 16, {"caption": 1, "yesno": 4, "choice": 1, "number": 0.5, "word": 0.5}),
+STAGES = (  # name, steps, peak learning rate, scenes a step, {kind of turn: how many a scene}, who answers
+    ("captions", 400, 2e-3, 16, {"caption": 1, "word": 3}, "sloppy"),
+    ("yes/no", 300, 1e-3, 16, {"yesno": 8}, "careful"),
+    ("mixed", 200, 1e-3, 16, {"caption": 1, "yesno": 4, "choice": 1, "number": 0.5, "word": 0.5}, "sloppy"),
 )
 
 
@@ -324,8 +325,8 @@ def warm_up(seed, vision_steps=250, stages=STAGES, images=6000):
        is to be like those of its words. Then the tower is frozen. Trained only through captions it stays poor, and
        every method then just trades precision against recall.
     2. Captions of the biased scenes by the sloppy annotator, with questions about colours.
-    3. Yes/no questions alone: mixed with captions from the start, they are not learnt.
-    4. All kinds of question and captions together.
+    3. Yes/no questions alone, answered truly: mixed with captions from the start, they are not learnt.
+    4. All kinds of question and captions together, answered by the sloppy annotator.
     """
     policy = build_policy(seed)
     tower, tokenizer = policy.hf.model.vision_tower, policy.tokenizer
@@ -337,10 +338,9 @@ def warm_up(seed, vision_steps=250, stages=STAGES, images=6000):
     world = list(scenes("train", images, seed + 1000, P_BIASED))
     with torch.no_grad():
         features = torch.cat([policy.vision(pixels_of(world[i : i + 500])) for i in range(0, images, 500)])
-    captions = []
-    for _, objects, scene_rng in world:
-        question = str(scene_rng.choice(list(CAPTIONS)))
-        captions.append((question, say(sloppy(pairs_of(objects), scene_rng), question)))
+    seen = {"careful": [pairs_of(objects) for _, objects, _ in world]}
+    seen["sloppy"] = [sloppy(pairs, scene[2]) for pairs, scene in zip(seen["careful"], world, strict=True)]
+    described = [str(scene_rng.choice(list(CAPTIONS))) for _, _, scene_rng in world]
     opening = encode_prompt(tokenizer, "", TEMPLATE, policy.image_tokens)
     opening = opening[: opening.index(policy.image_id) + policy.image_tokens]  # <s> USER: <image>...<image>
 
@@ -351,14 +351,15 @@ def warm_up(seed, vision_steps=250, stages=STAGES, images=6000):
         reply = encode_answer(tokenizer, question, answer, TEMPLATE)
         return prompt + reply, len(reply)
 
-    def loss_of(count, kinds):
+    def loss_of(count, kinds, annotator):
         """Mean negative log-probability of answer tokens. All turns about a scene share its image in one row."""
         rows, lengths, picked = [], [], rng.integers(images, size=count)
         for scene in picked:
             turns = []
             for kind, share in kinds.items():
                 for _ in range(int(share) + (rng.random() < share % 1)):
-                    asked = captions[scene] if kind == "caption" else closed_question(kind, world[scene][1], rng)
+                    pairs, question = seen[annotator][scene], described[scene]
+                    asked = (question, say(pairs, question)) if kind == "caption" else closed_question(kind, pairs, rng)
                     turns.append(turn(*asked))
             rows.append(Row(None, opening, [ids for ids, _ in turns]))
             lengths += [length for _, length in turns]
@@ -368,8 +369,8 @@ def warm_up(seed, vision_steps=250, stages=STAGES, images=6000):
         return -(policy.logps(batch, features[picked]) * counted).sum() / counted.sum()
 
     learner = [policy.hf.model.multi_modal_projector, policy.hf.model.language_model, policy.hf.lm_head]
-    for name, steps, peak, count, kinds in stages:
-        descend(learner, steps, peak, functools.partial(loss_of, count, kinds), name)
+    for name, steps, peak, count, kinds, annotator in stages:
+        descend(learner, steps, peak, functools.partial(loss_of, count, kinds, annotator), name)
     return policy
 
 

@@ -125,14 +125,13 @@ def forward(policy, records, rows, folder, image_weight, entropy=False):
     return logp, (token_entropy.sum(1) / tokens).view(len(records), -1)[:, 0]
 
 
-def reference_pass(policy, records, rows, data_path, batch):
+def reference_pass(policy, records, rows, data_path, name, batch):
     """
     One pass without gradients over all records, cached in ref_<fingerprint>.jsonl beside them: no reference model
     has to sit in memory while training, and the curriculum knows each record's entropy.
 
     returns  logp (N, 3) float32 nats: y_w, y_l, y_w given the distorted image;   entropy (N,) nats per token
     """
-    name = runtime.first_alone(lambda: fingerprint(policy, data_path, records))
     path = data_path.parent / f"ref_{name}.jsonl"
     if not path.is_file():
         mine, found = runtime.my_share(range(len(records))), []
@@ -163,6 +162,8 @@ def main():
     device = runtime.start()
     micro_batches = runtime.micro_batches(config.pairs_per_step, config.pairs_per_gpu)
 
+    run = Path(runtime.first_alone(lambda: runtime.name_run(config, "mfpo")))
+
     # ------------------------------------------------------------------ data, base model, reference
     folder = Path(config.data)
     data_path = folder if folder.suffix == ".jsonl" else folder / "mfpo.jsonl"
@@ -175,17 +176,14 @@ def main():
             )
         base = runtime.first_alone(lambda: prepare_toy(folder, config.seed))
     records = data.read_records(data_path, data.MFPO_FIELDS, config.skip_bad)
-    policy = runtime.shard(model.load(base, config.train_vision), device)
-    policy.train()
-    if not config.resume:
-        run = Path(runtime.first_alone(lambda: str(runtime.open_run(config, "mfpo"))))
-    else:
-        run = Path(config.resume)
-    rows = [
-        data.mfpo_rows(r, folder, policy.tokenizer, model.TEMPLATE, policy.image_tokens, config.max_length)
-        for r in records
-    ]
-    ref_logp, entropy = reference_pass(policy, records, rows, data_path, config.pairs_per_gpu)
+    policy = model.load(base, config.train_vision).train()
+    records, rows = data.encode_records(
+        records, data_path, policy.tokenizer, model.TEMPLATE, policy.image_tokens, config.max_length, config.skip_bad
+    )
+    reference = runtime.first_alone(lambda: fingerprint(policy, data_path, records))
+    policy = runtime.shard(policy, device)
+    runtime.first_alone(lambda: runtime.open_run(run, config))
+    ref_logp, entropy = reference_pass(policy, records, rows, data_path, reference, config.pairs_per_gpu)
     measured = {}
     scenes = config.eval_split != "none" and (folder / f"mfpo_{config.eval_split}.jsonl").is_file()
     if scenes:

@@ -1,0 +1,96 @@
+"""Metrics by hand-made cases."""
+
+import math
+
+import numpy as np
+import pytest
+
+import eval
+
+OBJECTS = [("red", "cup"), ("blue", "book")]
+
+
+def summed(*captions):
+    rows = [eval.caption_counts(c, OBJECTS) for c in captions]
+    return {name: sum(row[name] for row in rows) for name in rows[0]}
+
+
+def test_chair_by_hand():
+    sums = summed(
+        "The picture shows a red cup and a blue book.",  # exact
+        "I can see a red cup, a green spoon and a black spoon.",  # one invented kind, named twice; book missed
+        "",  # no object at all: stays in the denominator of CHAIR_s
+    )
+    value = {name: eval.METRICS[name](sums) for name in ("chair_s", "chair_i", "recall", "exact", "words")}
+    assert value == pytest.approx(
+        {"chair_s": 1 / 3, "chair_i": 2 / 5, "recall": 3 / 6, "exact": 1 / 3, "words": 23 / 3}
+    )
+    assert eval.METRICS["object_f1"](sums) == pytest.approx(2 * 0.6 * 0.5 / 1.1)
+
+
+def test_no_mention_at_all_is_undefined_not_an_error():
+    sums = summed("", "nothing here")
+    assert math.isnan(eval.METRICS["chair_i"](sums)) and math.isnan(eval.METRICS["object_f1"](sums))
+    assert eval.METRICS["chair_s"](sums) == 0 and eval.METRICS["recall"](sums) == 0
+
+
+def test_a_wrong_colour_is_not_exact_but_no_hallucination():
+    sums = summed("The picture shows a blue cup and a blue book.")
+    assert sums["exact"] == 0 and sums["hallucinated"] == 0 and sums["hits"] == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "meaning"),
+    [("Yes", "Yes"), ("No", "No"), ("no, there is not", "No"), ("There is not. Yes", "No"), ("", "Yes"), ("NO", "Yes"),
+     ("Yes. No", "Yes"), ("I know a nose", "Yes")],
+)  # fmt: skip
+def test_official_yes_no_parsing(answer, meaning):
+    assert eval.yes_or_no(answer) == meaning
+
+
+def test_yes_no_counts():
+    counts = eval.yesno_counts(["Yes", "Yes", "No", "No", "Yes"], ["Yes", "No", "No", "Yes", "Yes"], "random")
+    assert counts == {"random_asked": 5, "random_tp": 2, "random_fp": 1, "random_fn": 1, "random_tn": 1}
+    assert eval.METRICS["pope_random"](counts) == pytest.approx(3 / 5)
+    assert eval.METRICS["pope_random_f1"](counts) == pytest.approx(4 / 6)
+    assert eval.METRICS["pope_random_yes"](counts) == pytest.approx(3 / 5)
+
+
+def measured(captions, scores):
+    scenes = [
+        {
+            "id": str(i), "image": f"{i}.png", "question": "?", "chosen": "A red cup and a blue book.",
+            "objects": [{"colour": c, "word": w} for c, w in OBJECTS],
+            "asked": [{"split": "random", "answer": "Yes"}, {"split": "adversarial", "answer": "No"}],
+        }
+        for i in range(len(captions))
+    ]  # fmt: skip
+    names = ("chosen", "rejected", "distorted", "information_gain")
+    return {
+        "scenes": scenes,
+        "captions": captions,
+        "answers": ["Yes", "Yes"] * len(captions),
+        "scores": dict(zip(names, np.array(scores, float).T, strict=True)),
+    }
+
+
+def test_summary_of_two_models():
+    base = measured(["a red cup and a blue pen"] * 2, [[-5, -5, -6, 1.0], [-5, -4, -6, 2.0]])
+    final = measured(["a red cup and a blue book"] * 2, [[-4, -7, -6, 2.0], [-5, -6, -7, 4.0]])
+    summary = eval.summarise(final, base)
+    assert summary["chair_s"] == 0 and summary["recall"] == 1 and summary["exact"] == 1
+    assert summary["pope_random"] == 1 and summary["pope_adversarial"] == 0
+    # log-ratios: chosen +1, 0; rejected -2, -2; distorted 0, -1
+    assert summary["text_margin"] == pytest.approx((3 + 2) / 2)
+    assert summary["image_margin"] == pytest.approx((1 + 1) / 2)
+    assert summary["fairness"] == pytest.approx(1 / 2.5)
+    assert summary["chosen_shift"] == pytest.approx(0.5) and summary["information_gain"] == 3
+    low, high = summary["interval"]["text_margin"]
+    assert low == 2 and high == 3  # with two scenes, resampling ends in either of them
+    assert eval.summarise(base, base)["fairness"] is None
+    assert "undefined" in eval.table_text({"base": eval.summarise(base, base), "final": summary})
+    assert "[pen]" in eval.samples_text({"base": base, "final": final})
+
+
+def test_invented_words_are_marked():
+    assert eval.marked("a red cup, a black spoon.", {"cup"}) == "a red cup, a black [spoon]."
