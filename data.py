@@ -175,9 +175,8 @@ def read_records(path, fields, skip_bad=False):
 
 @dataclass
 class Row:
-    """What one packed row is made of: an image, and answers that share it and their prefix."""
+    """What one packed row is made of: a prompt, and answers that share it and its image."""
 
-    image: Path
     prefix: list  # token ids of the prompt, the image token repeated once a patch
     answers: list  # token ids of each answer, ending with end-of-sequence
     id: str = ""
@@ -226,7 +225,7 @@ def check_length(row, max_length):
         )
 
 
-def mfpo_rows(record, folder, tokenizer, template, image_tokens, max_length):
+def mfpo_rows(record, tokenizer, template, image_tokens, max_length):
     """A record's two rows: the image with chosen and rejected, the distorted image with chosen."""
     prefix = encode_prompt(tokenizer, record["question"], template, image_tokens)
     chosen, rejected = (
@@ -235,17 +234,16 @@ def mfpo_rows(record, folder, tokenizer, template, image_tokens, max_length):
     if chosen == rejected:
         message = "'chosen' and 'rejected' become the same tokens: such a pair teaches nothing. Delete the record"
         raise BadRecord("chosen equal to rejected", message)
-    clean = Row(image_path(folder, record["image"]), prefix, [chosen, rejected], record["id"])
-    distorted = Row(image_path(folder, record["image_rejected"]), prefix, [chosen], record["id"])
+    clean = Row(prefix, [chosen, rejected], record["id"])
     check_length(clean, max_length)
-    return clean, distorted
+    return clean, Row(prefix, [chosen], record["id"])
 
 
 def encode_records(records, path, tokenizer, template, image_tokens, max_length, skip_bad=False):
     """MFPO records -> (records that fit, their rows). What does not fit is an error or a counted drop, never cut."""
     return keep_good(
         records,
-        lambda r: mfpo_rows(r, Path(path).parent, tokenizer, template, image_tokens, max_length),
+        lambda r: mfpo_rows(r, tokenizer, template, image_tokens, max_length),
         lambda r: f"{path}, record {r['id']!r}",
         skip_bad,
         f"tokenising {path}",

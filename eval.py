@@ -134,20 +134,19 @@ def pair_scores(policy, pairs, folder, batch=64):
     """
     scores = []
     mine = runtime.my_share(pairs)
-    device = policy.mean.device
     with torch.no_grad():
         for i in tqdm(range(0, len(mine), batch), "scoring pairs", leave=False, disable=runtime.rank() > 0):
             chunk = mine[i : i + batch]
-            pixels = model.pair_pixels(policy, chunk, folder)  # (2B, 3, H, W): image, distorted image, ...
-            rows = [row for r in chunk for row in data.mfpo_rows(r, folder, policy.tokenizer, model.TEMPLATE,
-                                                                 policy.image_tokens, 10**6)]  # fmt: skip
-            packed = data.pack(rows, pixels, policy.pad_id).to(device)
+            _, rows = data.encode_records(
+                chunk, folder, policy.tokenizer, model.TEMPLATE, policy.image_tokens, math.inf
+            )
+            packed = model.pair_batch(policy, chunk, rows, folder)
             token_logp = policy("logps", packed).view(len(chunk), 3, -1)  # (B, 3, T)
-            blank_rows = [data.Row(None, r.prefix, r.answers[:1]) for r in rows[::2]]
-            blank = data.pack(blank_rows, policy.mean.expand(len(chunk), 3, *pixels.shape[2:]), policy.pad_id)
-            blank_logp = policy("logps", blank.to(device))  # (B, T of chosen)
-            width = blank_logp.shape[1]
-            gain = losses.information_gain(token_logp[:, 0, :width], blank_logp, blank.answer_mask.to(device))
+            blank = policy.mean.expand(len(chunk), 3, policy.image_size, policy.image_size)
+            clean = [data.Row(pair[0].prefix, pair[0].answers[:1]) for pair in rows]
+            blank = data.pack(clean, blank, policy.pad_id).to(policy.mean.device)
+            blank_logp = policy("logps", blank)  # (B, T of chosen)
+            gain = losses.information_gain(token_logp[:, 0, : blank_logp.shape[1]], blank_logp, blank.answer_mask)
             scores += torch.cat([token_logp.sum(2), gain[:, None]], 1).double().tolist()
     table = np.array(runtime.gather(scores))  # (N, 4)
     return dict(zip(("chosen", "rejected", "distorted", "information_gain"), table.T, strict=True))

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
-from data import image_path, load_image
+from data import image_path, load_image, pack
 
 # The prompt of the llava-hf model cards; the answer follows after a space, then </s>.
 TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
@@ -138,10 +138,17 @@ def to_pixels(image, size):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def pair_pixels(policy, records, folder):
-    """Pixels of preference records, (2B, 3, H, W): each record's image, then its distorted image."""
-    names = [record[field] for record in records for field in ("image", "image_rejected")]
-    return torch.stack([to_pixels(load_image(image_path(folder, name)), policy.image_size) for name in names])
+def pair_batch(policy, records, rows, folder, with_distorted=True):
+    """
+    B MFPO records as one data.Batch on the policy's device. Its answers are, record by record, chosen and rejected
+    given the image, and chosen given the distorted image (left out without `with_distorted`).
+
+    rows   of each record: its two data.Row (data.mfpo_rows)
+    """
+    sides = ("image", "image_rejected") if with_distorted else ("image",)
+    paths = [image_path(folder, record[side]) for record in records for side in sides]
+    pixels = torch.stack([to_pixels(load_image(path), policy.image_size) for path in paths])  # (2B or B, 3, H, W)
+    return pack([row for pair in rows for row in pair[: len(sides)]], pixels, policy.pad_id).to(policy.mean.device)
 
 
 def without_warnings(make):

@@ -249,12 +249,12 @@ def fsync_folder(folder):
         os.close(handle)
 
 
-def save_checkpoint(run_folder, step, policy, optimizer, keep):
+def save_checkpoint(run_folder, step, policy, optimizer, reference, keep):
     """
     Write run_folder/step_00050: safetensors, each rank its shards, with a list of the files and their sizes.
 
     Written aside, synced and renamed by rank 0, so that a run killed at any moment leaves the last complete
-    checkpoint in place. Then all but the newest `keep` are deleted.
+    checkpoint in place. Then all but the newest `keep` are deleted. `reference` names the base model and the records.
     """
     run_folder = Path(run_folder)
     final = run_folder / f"step_{step:05}"
@@ -267,7 +267,7 @@ def save_checkpoint(run_folder, step, policy, optimizer, keep):
     dcp.save(training_state(policy, optimizer), storage_writer=writer)
     if rank() == 0:
         files = {file.name: file.stat().st_size for file in aside.iterdir()}
-        write_text(aside / "checkpoint.json", json.dumps({"step": step, "files": files}, indent=2))
+        write_text(aside / "checkpoint.json", json.dumps({"step": step, "reference": reference, "files": files}))
         fsync_folder(aside)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(aside, final)
@@ -283,8 +283,8 @@ def checkpoints(run_folder):
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
-def load_checkpoint(folder, policy, optimizer):
-    """Load a checkpoint in place and return its step. ValueError if it is incomplete or of another model."""
+def load_checkpoint(folder, policy, optimizer, reference):
+    """Load a checkpoint in place and return its step. ValueError if it is incomplete, or of other data or model."""
     folder = Path(folder)
     recorded = json.loads((folder / "checkpoint.json").read_text())
     for name, size in recorded["files"].items():
@@ -299,6 +299,11 @@ def load_checkpoint(folder, policy, optimizer):
                 f"{folder}: is a checkpoint of another model: {name} is {has}, this model has {tuple(tensor.shape)}. "
                 "Resume with the --model and settings of that run"
             )
+    if recorded["reference"] != reference:
+        raise ValueError(
+            f"{folder}: was trained from another base model or on other records (fingerprint {recorded['reference']}, "
+            f"now {reference}). Restore what has changed, or start a new run"
+        )
     dcp.load(state, storage_reader=reader)
     return recorded["step"]
 

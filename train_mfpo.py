@@ -82,22 +82,23 @@ class Config:
 def prepare_toy(folder, seed):
     """Build what the toy world in `folder` lacks: scenes, base model, records. Returns the base model's folder."""
     build_data.build_toy(build_data.ToyConfig(out=str(folder), seed=seed))
-    for source, out in (("preference", "mfpo"), ("val", "mfpo_val"), ("test", "mfpo_test")):
-        if not (folder / f"{out}.jsonl").is_file():
-            source, out, base = (str(folder / name) for name in (f"{source}.jsonl", f"{out}.jsonl", "base"))
-            build_data.build_mfpo(build_data.MfpoConfig(source=source, out=out, model=base, seed=seed))
-    return str(folder / "base")
+    base = str(folder / "base")
+    for source, name in (("preference", "mfpo"), ("val", "mfpo_val"), ("test", "mfpo_test")):
+        source, out = folder / f"{source}.jsonl", folder / f"{name}.jsonl"
+        if not out.is_file():
+            build_data.build_mfpo(build_data.MfpoConfig(source=str(source), out=str(out), model=base, seed=seed))
+    return base
 
 
-def fingerprint(policy, data_path, records):
+def fingerprint(policy, data_path, records, device):
     """
     A name for everything that the reference log-probabilities depend on: weights, tokenizer, template, image
     settings, records, image files, precision. If any of it changes, so does the name, and a stale cache is not found.
     """
     sha = hashlib.sha256()
     for name, parameter in policy.named_parameters():
-        sha.update(name.encode() + parameter.detach().cpu().numpy().tobytes())
-    settings = [model.TEMPLATE, policy.image_size, policy.mean.tolist(), policy.std.tolist(), str(policy.mean.device)]
+        sha.update(name.encode() + parameter.detach().numpy().tobytes())
+    settings = [model.TEMPLATE, policy.image_size, policy.mean.tolist(), policy.std.tolist(), device.type]
     sha.update(json.dumps([settings, policy.tokenizer.get_vocab(), records], sort_keys=True).encode())
     for record in records:
         for field in ("image", "image_rejected"):
@@ -105,53 +106,51 @@ def fingerprint(policy, data_path, records):
     return sha.hexdigest()[:16]
 
 
-def forward(policy, records, rows, folder, image_weight, entropy=False):
-    """
-    Log-probabilities of B records under `policy`: (B, 3) float32 nats for y_w, y_l, and y_w given the distorted image
-    (nan without the image term, whose rows are then left out). With `entropy`, also the mean entropy over y_w (B,).
-    """
-    with_image = image_weight > 0
-    pixels = model.pair_pixels(policy, records, folder)  # (2B, 3, H, W)
-    rows = [row for pair in rows for row in pair]
-    packed = data.pack(*((rows, pixels) if with_image else (rows[::2], pixels[::2])), policy.pad_id)
-    out = policy("logps", packed.to(policy.mean.device), entropy=entropy)
-    token_logp, token_entropy = out if entropy else (out, None)
-    logp = token_logp.sum(1).view(len(records), -1)  # (B, 3) or (B, 2)
-    if not with_image:
-        logp = torch.cat([logp, logp.new_full((len(records), 1), math.nan)], 1)
-    if not entropy:
-        return logp
-    tokens = packed.answer_mask.sum(1).to(token_entropy.device)
-    return logp, (token_entropy.sum(1) / tokens).view(len(records), -1)[:, 0]
-
-
 def reference_pass(policy, records, rows, data_path, name, batch):
     """
-    One pass without gradients over all records, cached in ref_<fingerprint>.jsonl beside them: no reference model
-    has to sit in memory while training, and the curriculum knows each record's entropy.
+    One pass without gradients over all records, cached in ref_<name>.jsonl beside them: no reference model has to
+    sit in memory while training, and the curriculum knows each record's entropy.
 
+    name     the fingerprint
     returns  logp (N, 3) float32 nats: y_w, y_l, y_w given the distorted image;   entropy (N,) nats per token
     """
     path = data_path.parent / f"ref_{name}.jsonl"
+    keys = ("chosen", "rejected", "chosen_distorted", "entropy")
     if not path.is_file():
         mine, found = runtime.my_share(range(len(records))), []
         with torch.no_grad():
             for i in tqdm(range(0, len(mine), batch), "reference", leave=False, disable=runtime.rank() > 0):
                 pick = mine[i : i + batch]
-                logp, entropy = forward(
-                    policy, [records[j] for j in pick], [rows[j] for j in pick], data_path.parent, 1.0, entropy=True
-                )
-                found += torch.cat([logp, entropy[:, None]], 1).tolist()
+                packed = model.pair_batch(policy, [records[j] for j in pick], [rows[j] for j in pick], data_path.parent)
+                token_logp, token_entropy = policy("logps", packed, entropy=True)  # (3B, T)
+                logp = token_logp.sum(1).view(-1, 3)  # (B, 3)
+                # H of MFPO's curriculum. DEVIATION: the paper does not say over what; ours is the mean over the
+                # chosen answer's tokens of the entropy of the next-token distribution.
+                entropy = (token_entropy.sum(1) / packed.answer_mask.sum(1)).view(-1, 3)[:, :1]
+                found += torch.cat([logp, entropy], 1).tolist()
         found = runtime.gather(found)
-        names = ("chosen", "rejected", "chosen_distorted", "entropy")
-        lines = [{"id": r["id"], **dict(zip(names, v, strict=True))} for r, v in zip(records, found, strict=True)]
+        lines = [{"id": r["id"], **dict(zip(keys, v, strict=True))} for r, v in zip(records, found, strict=True)]
         runtime.first_alone(lambda: runtime.write_jsonl(path, lines))
         say(f"wrote {path}: reference log-probabilities of {len(records)} records")
     else:
         say(f"reference log-probabilities: {path}")
-    lines = [line for _, line in data.read_jsonl(path)]
-    logp = torch.tensor([[line[k] for k in ("chosen", "rejected", "chosen_distorted")] for line in lines])
-    return logp, [line["entropy"] for line in lines]
+    table = torch.tensor([[line[key] for key in keys] for _, line in data.read_jsonl(path)])  # (N, 4)
+    return table[:, :3], table[:, 3]
+
+
+def line_of(values):
+    """The part of the log line that is MFPO's; README.md defines each word. text/image where the image is trained."""
+
+    def both(name, form):
+        return "/".join(
+            format(values[f"{side}_{name}"], form) for side in ("text", "image") if f"{side}_{name}" in values
+        )
+
+    return (
+        f"loss {values['loss']:.4f} | acc {both('acc', '.2f')} | margin {both('margin', '+.2f')} | "
+        f"chosen {values['chosen_reward']:+.2f} | gnorm {values['gnorm']:.2f} | lr {values['lr']:.1e} | "
+        f"{values['pairs_per_s']:.1f} pairs/s"
+    )
 
 
 def main():
@@ -161,7 +160,6 @@ def main():
         config = runtime.resumed_config(Config, config, argv)
     device = runtime.start()
     micro_batches = runtime.micro_batches(config.pairs_per_step, config.pairs_per_gpu)
-
     run = Path(runtime.first_alone(lambda: runtime.name_run(config, "mfpo")))
 
     # ------------------------------------------------------------------ data, base model, reference
@@ -180,7 +178,7 @@ def main():
     records, rows = data.encode_records(
         records, data_path, policy.tokenizer, model.TEMPLATE, policy.image_tokens, config.max_length, config.skip_bad
     )
-    reference = runtime.first_alone(lambda: fingerprint(policy, data_path, records))
+    reference = runtime.first_alone(lambda: fingerprint(policy, data_path, records, device))
     policy = runtime.shard(policy, device)
     runtime.first_alone(lambda: runtime.open_run(run, config))
     ref_logp, entropy = reference_pass(policy, records, rows, data_path, reference, config.pairs_per_gpu)
@@ -208,7 +206,7 @@ def main():
     if config.resume:
         found = runtime.checkpoints(run)
         if found:
-            first_step = runtime.load_checkpoint(found[-1], policy, optimizer)
+            first_step = runtime.load_checkpoint(found[-1], policy, optimizer, reference)
         say(f"resumed from {found[-1] if found else 'the beginning: no checkpoint was complete'}")
     log = runtime.Log(run, steps, first_step, config.log_every)
 
@@ -220,30 +218,30 @@ def main():
             group["lr"] = lr
         picked = order[step * config.pairs_per_step : (step + 1) * config.pairs_per_step]
         mine = runtime.my_share(picked)
-        totals = torch.zeros(9, device=device)
+        totals = 0
         for micro in range(micro_batches):
             pick = mine[micro * config.pairs_per_gpu : (micro + 1) * config.pairs_per_gpu]
-            logp = forward(policy, [records[i] for i in pick], [rows[i] for i in pick], folder, config.image_weight)
-            policy_w, policy_l, policy_d = logp.unbind(1)  # (B,) each: y_w | m, y_l | m, y_w | m'
-            ref_w, ref_l, ref_d = ref_logp[pick].to(device).unbind(1)
-            text, text_margin = dpo_loss(policy_w, policy_l, ref_w, ref_l, config.beta)
-            anchor, chosen_reward = margin_loss(policy_w, ref_w, config.beta, config.eta)
+            packed = model.pair_batch(
+                policy, [records[i] for i in pick], [rows[i] for i in pick], folder, config.image_weight > 0
+            )
+            logp = policy("logps", packed).sum(1).view(len(pick), -1)  # (B, 3): y_w | m, y_l | m, y_w | m'
+            ref = ref_logp[pick].to(device)  # (B, 3), the same
+            text, text_margin = dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], config.beta)
+            anchor, chosen_reward = margin_loss(logp[:, 0], ref[:, 0], config.beta, config.eta)
             loss = config.text_weight * text + config.margin_weight * anchor  # (B,)
-            image, image_margin = torch.zeros_like(text), torch.full_like(text, math.nan)
+            parts = {"text_loss": text, "text_acc": text_margin > 0, "text_margin": text_margin}
+            parts |= {"margin_loss": anchor, "chosen_reward": chosen_reward}
             if config.image_weight > 0:
-                image, image_margin = image_loss(policy_w, policy_d, ref_w, ref_d, config.beta)
+                image, image_margin = image_loss(logp[:, 0], logp[:, 2], ref[:, 0], ref[:, 2], config.beta)
                 loss = loss + config.image_weight * image
+                parts |= {"image_loss": image, "image_acc": image_margin > 0, "image_margin": image_margin}
+            parts["loss"] = loss
             # The mean over the pairs of the whole step: FSDP averages over the ranks, so each multiplies by them.
             (loss.sum() * runtime.world() / config.pairs_per_step).backward()
-            totals += torch.stack(
-                [v.detach().float().sum() for v in (loss, text, image, anchor, text_margin > 0, image_margin > 0,
-                                                    text_margin, image_margin, chosen_reward)]
-            )  # fmt: skip
+            totals += torch.stack([part.detach().float().sum() for part in parts.values()])
         # Sums first, one division last: the log shows the whole batch, not the last part of the first rank.
         dist.all_reduce(totals)
-        names = ("loss", "text_loss", "image_loss", "margin_loss", "text_acc", "image_acc", "text_margin",
-                 "image_margin", "chosen_reward")  # fmt: skip
-        values = dict(zip(names, (totals / config.pairs_per_step).tolist(), strict=True))
+        values = dict(zip(parts, (totals / config.pairs_per_step).tolist(), strict=True))
         values["gnorm"] = runtime.clip_gradients(policy, config.clip_norm)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gnorm"])):
             ids = [records[i]["id"] for i in picked]
@@ -262,19 +260,11 @@ def main():
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        values["lr"], values["time_s"] = lr, time.perf_counter() - began
-        values = {name: None if math.isnan(value) else value for name, value in values.items()}
-        seen_image = f"/{values['image_acc']:.2f}" if config.image_weight > 0 else ""
-        image_shown = f"/{values['image_margin']:+.2f}" if config.image_weight > 0 else ""
-        log(
-            step + 1,
-            f"loss {values['loss']:.4f} | acc {values['text_acc']:.2f}{seen_image} | margin "
-            f"{values['text_margin']:+.2f}{image_shown} | chosen {values['chosen_reward']:+.2f} | gnorm "
-            f"{values['gnorm']:.2f} | lr {lr:.1e} | {config.pairs_per_step / values['time_s']:.1f} pairs/s",
-            **values,
-        )
+        values |= {"lr": lr, "time_s": time.perf_counter() - began}
+        values["pairs_per_s"] = config.pairs_per_step / values["time_s"]
+        log(step + 1, line_of(values), **values)
         if (step + 1) % config.save_every == 0 and step + 1 < steps:
-            runtime.save_checkpoint(run, step + 1, policy, optimizer, config.keep)
+            runtime.save_checkpoint(run, step + 1, policy, optimizer, reference, config.keep)
     # ==================================================================
 
     policy.eval()

@@ -30,8 +30,8 @@ def world(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("data") / "toy"
     folder.mkdir()
-    model.save(toy.warm_up(0, vision_steps=2, stages=(("captions", 30, 2e-3, 8, {"caption": 1}, "sloppy"),), images=64),
-               folder / "base")  # fmt: skip
+    stage = ("captions", 30, 0.0, 2e-3, 8, {"caption": 1}, "sloppy")
+    model.save(toy.warm_up(0, vision_steps=2, stages=(stage,), images=64), folder / "base")
     build_data.build_toy(build_data.ToyConfig(out=str(folder), preference=24, heldout=12))
     train_mfpo.prepare_toy(folder, 0)
     return folder

@@ -117,14 +117,14 @@ def test_prompt_and_answer_tokens():
 
 
 def test_answers_are_never_cut():
-    row = data.Row(None, [1] * 10, [[2] * 5, [2] * 6], "r7")
+    row = data.Row([1] * 10, [[2] * 5, [2] * 6], "r7")
     data.check_length(row, 16)
     with pytest.raises(ValueError, match="16 tokens, --max_length is 15"):
         data.check_length(row, 15)
 
 
 def test_packing_by_hand():
-    rows = [data.Row(None, [5, 6], [[7, 1], [8, 9, 1]]), data.Row(None, [5], [[4, 1]])]
+    rows = [data.Row([5, 6], [[7, 1], [8, 9, 1]]), data.Row([5], [[4, 1]])]
     batch = data.pack(rows, None, pad_id=0)
     assert batch.ids.tolist() == [[5, 6, 7, 1, 8, 9, 1], [5, 4, 1, 0, 0, 0, 0]]
     assert batch.position.tolist()[0] == [0, 1, 2, 3, 2, 3, 4]  # both answers start behind the prefix

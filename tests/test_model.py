@@ -17,7 +17,7 @@ ANSWERS = ["The picture shows a red cup.", "The picture shows a red cup, a blue 
 def rows_of(policy, question, answers):
     prefix = data.encode_prompt(policy.tokenizer, question, model.TEMPLATE, policy.image_tokens)
     replies = [data.encode_answer(policy.tokenizer, question, a, model.TEMPLATE) for a in answers]
-    return data.Row(None, prefix, replies)
+    return data.Row(prefix, replies)
 
 
 def plain_logp(hf, processor, image, question, answer):

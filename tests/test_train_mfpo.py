@@ -76,9 +76,8 @@ def test_killed_and_resumed_equals_not_stopped_bit_for_bit(world, tmp_path, monk
     assert run_here(monkeypatch, "--resume", killed) == 0
     files = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("straight", "killed")]
     assert files[0] == files[1], f"resumed from {first}"
-    plain = [
-        [{k: v for k, v in s.items() if k != "time_s"} for s in metrics(tmp_path / n)] for n in ("straight", "killed")
-    ]
+    logs = [metrics(tmp_path / name) for name in ("straight", "killed")]
+    plain = [[{k: v for k, v in step.items() if k not in ("time_s", "pairs_per_s")} for step in log] for log in logs]
     assert plain[0] == plain[1]
 
 
@@ -191,17 +190,19 @@ def test_checkpoints_of_another_model_or_with_a_missing_file_are_refused(group, 
     policy = toy.build_policy(0)
     optimizer = runtime.adamw(policy, 0.0)
     for step in (1, 2, 3):
-        runtime.save_checkpoint(tmp_path, step, policy, optimizer, keep=2)
+        runtime.save_checkpoint(tmp_path, step, policy, optimizer, "abc", keep=2)
     (tmp_path / "step_00004.tmp").mkdir()  # killed while writing
     assert [p.name for p in runtime.checkpoints(tmp_path)] == ["step_00002", "step_00003"]
-    assert runtime.load_checkpoint(tmp_path / "step_00003", policy, optimizer) == 3
+    assert runtime.load_checkpoint(tmp_path / "step_00003", policy, optimizer, "abc") == 3
+    with pytest.raises(ValueError, match="fingerprint abc, now xyz"):
+        runtime.load_checkpoint(tmp_path / "step_00003", policy, optimizer, "xyz")
     other = toy.build_policy(0)
     other.hf.lm_head = torch.nn.Linear(128, 7, bias=False)
     with pytest.raises(ValueError, match="checkpoint of another model: weight.hf.lm_head.weight"):
-        runtime.load_checkpoint(tmp_path / "step_00003", other, runtime.adamw(other, 0.0))
+        runtime.load_checkpoint(tmp_path / "step_00003", other, runtime.adamw(other, 0.0), "abc")
     next((tmp_path / "step_00003").glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match="missing or damaged"):
-        runtime.load_checkpoint(tmp_path / "step_00003", policy, optimizer)
+        runtime.load_checkpoint(tmp_path / "step_00003", policy, optimizer, "abc")
 
 
 def test_the_reference_cache_is_found_again_and_never_stale(monkeypatch, capsys, bad_data, tmp_path):
