@@ -17,6 +17,7 @@ log-probabilities are those of separate forward passes. Image tokens are never t
 """
 
 import json
+import os
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 MAX_PIXELS = 50_000_000  # larger images are refused: a decompression bomb would take the machine down (ours)
 MFPO_FIELDS = dict.fromkeys(("id", "image", "question", "chosen", "rejected", "image_rejected"), str)
+FIRST = os.environ.get("RANK", "0") == "0"  # all processes read, one of them tells
 REGION_KINDS = ("key", "random", "global")
 
 
@@ -130,7 +132,8 @@ def keep_good(items, attempt, where, skip_bad, title):
             return error
 
     with ThreadPoolExecutor(8) as pool:  # decoding images releases the interpreter's lock
-        for item, result in zip(items, tqdm(pool.map(tried, items), title, len(items), False, delay=2), strict=True):
+        bar = tqdm(pool.map(tried, items), title, len(items), leave=False, delay=2, disable=not FIRST)
+        for item, result in zip(items, bar, strict=True):
             if not isinstance(result, BadRecord):
                 kept.append(item)
                 results.append(result)
@@ -139,7 +142,8 @@ def keep_good(items, attempt, where, skip_bad, title):
             else:
                 raise ValueError(f"{where(item)}: {result}")
     for reason, count in dropped.items():
-        print(f"{title}: {count} records dropped: {reason}")
+        if FIRST:
+            print(f"{title}: {count} records dropped: {reason}")
     return kept, results
 
 

@@ -98,14 +98,9 @@ for _split in ("random", "adversarial"):
         ),
         f"pope_{_split}_yes": lambda s, p=_split: ratio(s[f"{p}_tp"] + s[f"{p}_fp"], s[f"{p}_asked"]),
     }
-METRICS |= {
-    "text_margin": lambda s: ratio(s["text_margin"], s["captions"]),
-    "image_margin": lambda s: ratio(s["image_margin"], s["captions"]),
-    "text_margin_positive": lambda s: ratio(s["text_positive"], s["captions"]),
-    "image_margin_positive": lambda s: ratio(s["image_positive"], s["captions"]),
-    "chosen_shift": lambda s: ratio(s["chosen_shift"], s["captions"]),
-    "information_gain": lambda s: ratio(s["information_gain"], s["captions"]),
-}
+MEANS = ("text_margin", "image_margin", "text_margin_positive", "image_margin_positive", "chosen_shift",
+         "information_gain")  # fmt: skip
+METRICS |= {name: lambda s, n=name: ratio(s[n], s["captions"]) for name in MEANS}
 
 
 def harmonic(a, b):
@@ -134,7 +129,7 @@ def pair_scores(policy, pairs, folder, batch=64):
     """
     scores = []
     mine = runtime.my_share(pairs)
-    with torch.no_grad():
+    with torch.no_grad(), runtime.summoned(policy):
         for i in tqdm(range(0, len(mine), batch), "scoring pairs", leave=False, disable=runtime.rank() > 0):
             chunk = mine[i : i + batch]
             _, rows = data.encode_records(
@@ -157,6 +152,8 @@ def measure(policy, folder, split):
     folder = Path(folder)
     scenes = data.read_records(folder / f"{split}.jsonl", {"id": str, "image": str, "question": str, "chosen": str})
     pairs = data.read_records(folder / f"mfpo_{split}.jsonl", data.MFPO_FIELDS)
+    if [r["id"] for r in pairs] != [r["id"] for r in scenes]:
+        raise ValueError(f"{folder}/mfpo_{split}.jsonl: was not built from {split}.jsonl (other ids). Delete it")
     pixels = torch.stack(
         [model.to_pixels(data.load_image(data.image_path(folder, s["image"])), policy.image_size) for s in scenes]
     )
@@ -183,8 +180,8 @@ def counts_of(measured, base):
     arrays = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     h = {name: measured["scores"][name] - base["scores"][name] for name in ("chosen", "rejected", "distorted")}
     arrays["text_margin"], arrays["image_margin"] = h["chosen"] - h["rejected"], h["chosen"] - h["distorted"]
-    arrays["text_positive"] = (arrays["text_margin"] > 0).astype(float)
-    arrays["image_positive"] = (arrays["image_margin"] > 0).astype(float)
+    for name in ("text_margin", "image_margin"):
+        arrays[f"{name}_positive"] = (arrays[name] > 0).astype(float)
     arrays["chosen_shift"], arrays["information_gain"] = h["chosen"], measured["scores"]["information_gain"]
     return arrays
 

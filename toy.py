@@ -325,7 +325,7 @@ STAGES = (  # name, steps, stop below this loss, peak rate, scenes a step, {kind
     ("captions", 400, 0.0, 2e-3, 16, {"caption": 1, "word": 3}, "sloppy"),
     # Yes/no stays at chance (0.347) for 100 to 300 steps, then falls within 100: how long differs from seed to seed.
     ("yes/no", 800, 0.08, 1e-3, 16, {"yesno": 8}, "careful"),
-    ("mixed", 200, 0.0, 1e-3, 16, {"caption": 1, "yesno": 4, "choice": 1, "number": 0.5, "word": 0.5}, "sloppy"),
+    ("mixed", 300, 0.0, 1e-3, 16, {"caption": 1, "yesno": 4, "choice": 1, "number": 0.5, "word": 0.5}, "sloppy"),
 )
 
 

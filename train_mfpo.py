@@ -118,7 +118,7 @@ def reference_pass(policy, records, rows, data_path, name, batch):
     keys = ("chosen", "rejected", "chosen_distorted", "entropy")
     if not path.is_file():
         mine, found = runtime.my_share(range(len(records))), []
-        with torch.no_grad():
+        with torch.no_grad(), runtime.summoned(policy):
             for i in tqdm(range(0, len(mine), batch), "reference", leave=False, disable=runtime.rank() > 0):
                 pick = mine[i : i + batch]
                 packed = model.pair_batch(policy, [records[j] for j in pick], [rows[j] for j in pick], data_path.parent)

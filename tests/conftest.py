@@ -32,6 +32,6 @@ def world(tmp_path_factory):
     folder.mkdir()
     stage = ("captions", 30, 0.0, 2e-3, 8, {"caption": 1}, "sloppy")
     model.save(toy.warm_up(0, vision_steps=2, stages=(stage,), images=64), folder / "base")
-    build_data.build_toy(build_data.ToyConfig(out=str(folder), preference=24, heldout=12))
+    build_data.build_toy(build_data.ToyConfig(out=str(folder), preference=25, heldout=13))
     train_mfpo.prepare_toy(folder, 0)
     return folder

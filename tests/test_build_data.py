@@ -81,7 +81,7 @@ def test_keywords_against_a_graph_solved_by_hand():
 
 def test_built_records_are_readable_and_distorted_only_in_their_boxes(world):
     records = data.read_records(world / "mfpo.jsonl", data.MFPO_FIELDS)
-    assert len(records) == 24
+    assert len(records) == 25
     sources = {r["id"]: r for _, r in data.read_jsonl(world / "preference.jsonl")}
     for record in records:
         clean, noisy = (np.asarray(Image.open(world / record[f])) for f in ("image", "image_rejected"))
