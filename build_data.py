@@ -333,6 +333,7 @@ def build_mfpo(config):
     ):
         rng = seeded(config.seed, record["id"])
         rejected, origin = (record["rejected"], "given") if "rejected" in record else reject(record, answer, rng)
+        # DEVIATION: the paper has SAM find the keywords in the image; here the record's own boxes say where they are.
         words = [word for word, _ in keywords(record["chosen"], vector_of, config.top)]
         regions = [{"word": o["word"], "box": o["box"]} for o in record.get("objects", []) if o["word"] in words]
         kind = "global" if config.region == "key" and not regions else config.region

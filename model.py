@@ -171,7 +171,9 @@ def load(path, train_vision=False):
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"--model {path}: no Hugging Face model folder or id ({reason}). Check the path") from None
+        raise ValueError(
+            f"--model {path}: no model folder here, nor a Hugging Face id that can be had ({reason}). Check it"
+        ) from None
     if config.model_type != "llava":
         raise ValueError(f"--model {path}: is a {config.model_type!r}; this project trains 'llava' models (LLaVA-1.5)")
     try:

@@ -3,6 +3,7 @@ What both trainers need and neither paper mentions: the command line, the proces
 checkpoints, the log. A plain `python` run is a world of one process, so that no line elsewhere asks "if distributed".
 """
 
+import argparse
 import dataclasses
 import difflib
 import gc
@@ -32,6 +33,10 @@ def knob(default, help):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help shows the defaults, and the script's docstring as it was written."""
+
+
 def parse_config(config_class, argv=None, description=None):
     """
     The command line as a `config_class`. A wrong flag or value prints what is wrong and exits with code 2.
@@ -39,7 +44,7 @@ def parse_config(config_class, argv=None, description=None):
     Two defaults of the parser that bite are switched off: --bet would be taken for --beta, and a file named
     <script>.args beside the script would be read without a word.
     """
-    parser = HfArgumentParser(config_class, allow_abbrev=False, description=description)
+    parser = HfArgumentParser(config_class, allow_abbrev=False, description=description, formatter_class=HelpFormatter)
     config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]

@@ -16,12 +16,12 @@ from collections import deque
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from tqdm import tqdm
 from transformers import (
-    CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -243,7 +243,7 @@ def build_processor():
         additional_special_tokens=["<image>"],
     )
     sizes = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
-    images = without_warnings(lambda: CLIPImageProcessor(**sizes))
+    images = without_warnings(lambda: transformers.CLIPImageProcessor(**sizes))
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,

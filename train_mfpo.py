@@ -45,9 +45,9 @@ class Config:
     margin_weight: float = knob(1.0, "weight of L_margin")
     eta: float = knob(0.0, "offset of L_margin in nats of reward; the paper's best")
     curriculum: str = knob("easy_to_hard", "easy_to_hard (the paper) | hard_to_easy | none")
-    epochs: int = knob(2, "passes over the records (over each third with a curriculum)")
+    epochs: int = knob(4, "passes over the records (over each third with a curriculum)")
     # The optimiser
-    learning_rate: float = knob(1e-4, "peak, then a half cosine to a tenth; our choice for the toy (7B: 1e-6 or less)")
+    learning_rate: float = knob(2e-4, "peak, then a half cosine to a tenth; our choice for the toy (7B: 1e-6 or less)")
     warmup_steps: int = knob(10, "linear warm-up")
     weight_decay: float = knob(0.0, "on matrices only")
     clip_norm: float = knob(1.0, "largest global gradient norm; a usual value")
@@ -55,7 +55,7 @@ class Config:
     pairs_per_step: int = knob(16, "records per optimizer step over all processes; accumulation is derived")
     pairs_per_gpu: int = knob(16, "records per forward pass; lower it when memory runs out")
     # Keeping
-    seed: int = knob(0, "seed of the toy world's preference scenes, its base model, and the order of records")
+    seed: int = knob(0, "seed of the order of records, and, where they are built, of the toy's scenes and base model")
     save_every: int = knob(50, "steps between checkpoints")
     keep: int = knob(2, "checkpoints to keep")
     log_every: int = knob(10, "steps between printed lines; metrics.jsonl has every step")
