@@ -171,7 +171,7 @@ def embedding_of(policy):
 class ToyConfig:
     out: str = knob("data/toy", "folder of the world; what it already holds is kept")
     seed: int = knob(0, "seed of the preference scenes and of the base model (val and test are the same for all)")
-    preference: int = knob(1000, "scenes for preference records")
+    preference: int = knob(2000, "scenes for preference records")
     heldout: int = knob(400, "scenes for validation, and as many for test")
 
 

@@ -45,7 +45,7 @@ class Config:
     margin_weight: float = knob(1.0, "weight of L_margin")
     eta: float = knob(0.0, "offset of L_margin in nats of reward; the paper's best")
     curriculum: str = knob("easy_to_hard", "easy_to_hard (the paper) | hard_to_easy | none")
-    epochs: int = knob(4, "passes over the records (over each third with a curriculum)")
+    epochs: int = knob(2, "passes over the records (over each third with a curriculum)")
     # The optimiser
     learning_rate: float = knob(2e-4, "peak, then a half cosine to a tenth; our choice for the toy (7B: 1e-6 or less)")
     warmup_steps: int = knob(10, "linear warm-up")
