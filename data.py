@@ -57,8 +57,8 @@ def read_jsonl(path):
                 where = f"{path}, line {number}"
                 try:
                     value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    value = BadRecord("not JSON", f"not JSON ({error.msg}, column {error.colno}). Mend or delete it")
+                except (ValueError, RecursionError) as error:  # broken, a number of 5,000 digits, 100,000 brackets
+                    value = BadRecord("not JSON", f"not JSON ({str(error)[:80]}). Mend or delete the line")
                 yield where, value
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it") from None
@@ -86,7 +86,12 @@ def load_image(path):
 def image_path(folder, name):
     """The path of a record's image; BadRecord if `name` would leave `folder` (absolute, '..', or a link out)."""
     folder = Path(folder).resolve()
-    if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).resolve().is_relative_to(folder):
+    try:
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        inside = inside and (folder / name).resolve().is_relative_to(folder)
+    except (ValueError, OSError, RuntimeError):  # a zero byte, too long a name, links in a circle
+        inside = False
+    if not inside:
         message = f"image {name!r} lies outside {folder}. Use a path relative to the data folder, inside it"
         raise BadRecord("image outside the folder", message)
     return folder / name
@@ -106,12 +111,16 @@ def check_record(record, fields, folder):
             raise BadRecord(f"{name!r} of the wrong type", f"field {name!r} must be {kind.__name__}, got {got}")
         if kind is str and not record[name].strip():
             raise BadRecord(f"{name!r} empty", f"field {name!r} is empty. Give it a text or delete the record")
+        if kind is str and any(0xD800 <= ord(c) < 0xE000 for c in record[name]):
+            raise BadRecord(f"{name!r} not text", f"field {name!r} holds half a character (a surrogate). Mend the text")
     if "rejected" in fields and record["chosen"].strip() == record["rejected"].strip():
         message = "'chosen' and 'rejected' are the same: such a pair teaches nothing. Delete the record"
         raise BadRecord("chosen equal to rejected", message)
     if record.get("region_kind", "global") not in REGION_KINDS:
         message = f"field 'region_kind' must be one of {', '.join(REGION_KINDS)}, got {record['region_kind']!r}"
         raise BadRecord("'region_kind' unknown", message)
+    if not isinstance(record.get("regions", []), list):
+        raise BadRecord("'regions' of the wrong type", f"field 'regions' must be a list, got {record['regions']!r}")
     for name in ("image", "image_rejected"):
         if name in fields:
             load_image(image_path(folder, record[name]))
@@ -140,6 +149,7 @@ def keep_good(items, attempt, where, skip_bad, title):
             elif skip_bad:
                 dropped[result.reason] += 1
             else:
+                pool.shutdown(cancel_futures=True)  # else the rest would be read before anybody is told
                 raise ValueError(f"{where(item)}: {result}")
     for reason, count in dropped.items():
         if FIRST:
@@ -193,6 +203,13 @@ def encode_prompt(tokenizer, question, template, image_tokens):
     if ids.count(image_id) != 1:
         message = f"the question {question[:60]!r} holds an image token. The template adds the image: delete it"
         raise BadRecord("image token in the question", message)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    if sum(i in special for i in ids) != sum(
+        i in special for i in tokenizer(template.format(question=""))["input_ids"]
+    ):
+        raise BadRecord(
+            "special token in the question", f"the question {question[:60]!r} holds a special token: delete it"
+        )
     at = ids.index(image_id)
     return ids[:at] + [image_id] * image_tokens + ids[at + 1 :]
 
@@ -208,7 +225,8 @@ def encode_answer(tokenizer, question, answer, template):
     prompt_ids = tokenizer(prompt)["input_ids"]
     ids = tokenizer(prompt + " " + answer.strip())["input_ids"]
     if ids[: len(prompt_ids)] != prompt_ids:
-        raise ValueError(f"the tokenizer merges the prompt's end with the answer {answer[:60]!r}. Change the template")
+        message = f"the tokenizer merges the prompt's end with the answer {answer[:60]!r}. Change its first character"
+        raise BadRecord("answer merges with the prompt", message)
     ids = ids[len(prompt_ids) :]
     special = set(ids) & set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     if special:

@@ -150,7 +150,8 @@ def pair_scores(policy, pairs, folder, batch=64):
 def measure(policy, folder, split):
     """Everything a table needs of one model: captions, yes/no answers and pair scores on a split of the toy world."""
     folder = Path(folder)
-    scenes = data.read_records(folder / f"{split}.jsonl", {"id": str, "image": str, "question": str, "chosen": str})
+    fields = {"id": str, "image": str, "question": str, "chosen": str, "objects": list, "asked": list}
+    scenes = data.read_records(folder / f"{split}.jsonl", fields)
     pairs = data.read_records(folder / f"mfpo_{split}.jsonl", data.MFPO_FIELDS)
     if [r["id"] for r in pairs] != [r["id"] for r in scenes]:
         raise ValueError(f"{folder}/mfpo_{split}.jsonl: was not built from {split}.jsonl (other ids). Delete it")
@@ -160,6 +161,7 @@ def measure(policy, folder, split):
     described = [(i, scene["question"]) for i, scene in enumerate(scenes)]
     questions = [(i, asked["question"]) for i, scene in enumerate(scenes) for asked in scene["asked"]]
     return {
+        "split": split,
         "scenes": scenes,
         "captions": answer_all(policy, pixels, described, 60, "captions"),
         "answers": answer_all(policy, pixels, questions, 4, "yes/no"),
@@ -210,7 +212,7 @@ def summarise(measured, base):
         return [float(np.quantile(found, q)) for q in (0.025, 0.975)] if found else None
 
     summary = {name: plain(value) for name, value in values.items()}
-    return summary | {"scenes": count, "interval": {name: bounds(name) for name in values}}
+    return summary | {"split": measured["split"], "scenes": count, "interval": {name: bounds(name) for name in values}}
 
 
 # --------------------------------------------------------------------------------------------- showing
@@ -265,7 +267,7 @@ def samples_text(measured, count=4):
     kinds = [{o["word"] for o in scene["objects"]} for scene in first["scenes"]]
     invents = [i for i, caption in enumerate(first["captions"]) if "[" in marked(caption, kinds[i])]
     lines = []
-    for i in (invents + list(range(len(kinds))))[:count]:
+    for i in list(dict.fromkeys(invents + list(range(len(kinds)))))[:count]:
         lines.append(f"{first['scenes'][i]['image']}")
         lines.append(f"    {'truth':6} {first['scenes'][i]['chosen']}")
         lines += [f"    {name:6} {marked(measured[name]['captions'][i], kinds[i])}" for name in names]
@@ -285,11 +287,19 @@ def runs_text(folder):
     found = {}  # name -> {seed: summary}
     for path in sorted(Path(folder).glob("*-*/eval.json"), key=lambda p: p.stat().st_mtime):
         name, seed = path.parent.name.rsplit("-", 1)
-        summaries = json.loads(path.read_text())
-        found.setdefault("base", {})[seed] = summaries["base"]
-        found.setdefault(name, {})[seed] = summaries["final"]
+        try:
+            summaries = json.loads(path.read_text())
+            found.setdefault("base", {})[seed] = summaries["base"]
+            found.setdefault(name, {})[seed] = summaries["final"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a table of train_mfpo.py ({error}). Delete it and train again") from None
     if not found:
         raise ValueError(f"--runs {folder}: no <name>-<seed>/eval.json in it. Train runs there first")
+    splits = {summary["split"] for by_seed in found.values() for summary in by_seed.values()}
+    if len(splits) > 1:
+        raise ValueError(
+            f"--runs {folder}: mixes the splits {', '.join(sorted(splits))}. Keep them in separate folders"
+        )
     lines = ["| | seeds | " + " | ".join(SHORT) + " |", "|---" * (len(SHORT) + 2) + "|"]
     for name, by_seed in found.items():
         cells = []
@@ -299,10 +309,11 @@ def runs_text(folder):
                 cells.append("undefined")
                 continue
             digits = 3 if key not in ("text_margin", "image_margin", "chosen_shift") else 2
-            half = (
-                STUDENT.get(len(values), 1.96) * np.std(values, ddof=1) / len(values) ** 0.5 if values[1:] else np.nan
-            )
-            cells.append(f"{np.mean(values):.{digits}f} ± {half:.{digits}f}")
+            spread = ""
+            if len(values) > 1:
+                half = STUDENT[min(len(values), 10)] * np.std(values, ddof=1) / len(values) ** 0.5
+                spread = f" ± {half:.{digits}f}"
+            cells.append(f"{np.mean(values):.{digits}f}{spread}")
         lines.append(f"| {name} | {len(by_seed)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -326,6 +337,8 @@ def main():
     if config.runs:
         print(runs_text(config.runs))
         return
+    if config.json and not Path(config.json).parent.is_dir():
+        raise ValueError(f"--json {config.json}: no folder {Path(config.json).parent}. Make it, or name another file")
     device = runtime.start()
     measured = {}
     for name, path in (("base", config.base), ("final", config.model)):

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
@@ -45,6 +46,7 @@ class Policy(nn.Module):
             value = torch.tensor(getattr(images, f"image_{name}"), dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
         tower = hf.model.vision_tower
+        # DEVIATION: the paper does not say what it trains; frozen, as LLaVA-1.5 was tuned, was better on the toy too.
         tower.requires_grad_(train_vision)
         # Layers behind the one whose features are read get no gradient; left trainable, they would have no
         # optimiser state and checkpoints could not be loaded back.
@@ -176,12 +178,25 @@ def load(path, train_vision=False):
         ) from None
     if config.model_type != "llava":
         raise ValueError(f"--model {path}: is a {config.model_type!r}; this project trains 'llava' models (LLaVA-1.5)")
+    parts = (config.vision_config.model_type, config.text_config.model_type, config.vision_feature_select_strategy)
+    if parts != ("clip_vision_model", "llama", "default") or not isinstance(config.vision_feature_layer, int):
+        raise ValueError(
+            f"--model {path}: a LLaVA of {parts}, features of layer {config.vision_feature_layer}; this project trains "
+            "those of ('clip_vision_model', 'llama', 'default') that read one layer, as LLaVA-1.5 does"
+        )
     try:
-        hf = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    except OSError as error:
+        hf, info = LlavaForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        processor = without_warnings(lambda: AutoProcessor.from_pretrained(path))
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"--model {path}: its weights cannot be read ({reason}). It needs .safetensors") from None
-    return Policy(hf, without_warnings(lambda: AutoProcessor.from_pretrained(path)), train_vision)
+        message = f"--model {path}: cannot be read ({reason}). It needs whole .safetensors, a tokenizer and a processor"
+        raise ValueError(message) from None
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f"--model {path}: its files lack the weights {missing}, ... Fetch or export the model again")
+    return Policy(hf, processor, train_vision)
 
 
 def hub_key(name):
@@ -201,8 +216,8 @@ def save(policy, folder):
     """
     Write `policy` to `folder` in the hub's layout: safetensors, config, tokenizer and processor.
 
-    Written aside and renamed, so a half-written folder is never taken for a model. All ranks call it (sharded
-    weights are gathered one by one), rank 0 writes; it holds at most one shard in host memory.
+    Written aside and renamed, so a half-written folder is never taken for a model. If the weights are sharded, all
+    ranks call it (they are gathered one by one); rank 0 writes, and holds at most one shard in host memory.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
     folder = Path(folder)
@@ -240,7 +255,9 @@ def save(policy, folder):
         for file in aside.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
+        old = folder.with_name(folder.name + ".old.tmp")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.rename(folder, old)
         os.rename(aside, folder)
-    if dist.is_initialized():
-        dist.barrier()
+        shutil.rmtree(old, ignore_errors=True)

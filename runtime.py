@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -54,16 +55,23 @@ def parse_config(config_class, argv=None, description=None):
     return config
 
 
+def is_mistake(error):
+    """Is this a user's mistake (a ValueError that our own code raised), or trouble outside (OSError: a full disk)?"""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
+    return isinstance(error, OSError) or (
+        isinstance(error, ValueError) and raised_in == Path(__file__).resolve().parent
+    )
+
+
 def run(main):
     """
-    Run a script's `main`, then leave the process group. A user's mistake (a ValueError raised by our own code, or an
-    OSError such as a full disk) is told in one line with exit code 2; anything else is our bug and keeps its traceback.
+    Run a script's `main`, then leave the process group. A mistake is told in one line with exit code 2; anything else
+    is our bug and keeps its traceback.
     """
     try:
         main()
     except (ValueError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
-        if isinstance(error, ValueError) and raised_in != Path(__file__).resolve().parent:
+        if not is_mistake(error):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -80,11 +88,14 @@ def write_text(path, text):
     """Write a file whole or not at all: aside, synced, renamed."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_jsonl(path, rows):
@@ -130,6 +141,8 @@ def first_alone(work):
         try:
             box = [work()]
         except (ValueError, OSError) as error:
+            if not is_mistake(error):
+                raise
             box = [error]
     if world() > 1:
         dist.broadcast_object_list(box)
@@ -284,19 +297,23 @@ def save_checkpoint(run_folder, step, policy, optimizer, reference, keep):
 
 def checkpoints(run_folder):
     """The complete checkpoints of a run, oldest first."""
-    found = [p for p in Path(run_folder).glob("step_*") if p.suffix != ".tmp" and (p / "checkpoint.json").is_file()]
+    found = [p for p in Path(run_folder).glob("step_*") if p.name[5:].isdigit() and (p / "checkpoint.json").is_file()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
 def load_checkpoint(folder, policy, optimizer, reference):
     """Load a checkpoint in place and return its step. ValueError if it is incomplete, or of other data or model."""
     folder = Path(folder)
-    recorded = json.loads((folder / "checkpoint.json").read_text())
-    for name, size in recorded["files"].items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise ValueError(f"{folder / name}: missing or damaged. Delete {folder} to resume from the one before")
     state, reader = training_state(policy, optimizer), HuggingFaceStorageReader(str(folder))
-    stored = reader.read_metadata().state_dict_metadata
+    try:
+        recorded = json.loads((folder / "checkpoint.json").read_text())
+        for name, size in recorded["files"].items():
+            if (folder / name).stat().st_size != size:
+                raise OSError(f"{name} is cut")
+        stored = reader.read_metadata().state_dict_metadata
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        message = f"{folder}: missing or damaged ({error}). Delete this folder to resume from the checkpoint before it"
+        raise ValueError(message) from None
     for name, tensor in state.items():
         if name not in stored or tuple(stored[name].size) != tuple(tensor.shape):
             has = f"of shape {tuple(stored[name].size)}" if name in stored else "absent"
@@ -337,12 +354,14 @@ def name_run(config, prefix):
 
 
 def open_run(folder, config):
-    """Make the run's folder with its config.json, written from the parsed config; one that is there stays."""
+    """Make the folder of a new run with its config.json, written from the parsed config. A resumed one stays."""
     folder = Path(folder)
+    if config.resume:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.json").exists():
-        text = json.dumps({**dataclasses.asdict(config), "out": str(folder)}, indent=2)
-        write_text(folder / "config.json", text)
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder}: another run has taken this folder meanwhile. Start again, or name one with --out")
+    write_text(folder / "config.json", json.dumps({**dataclasses.asdict(config), "out": str(folder)}, indent=2))
 
 
 def resumed_config(config_class, config, argv):
@@ -355,11 +374,15 @@ def resumed_config(config_class, config, argv):
         raise ValueError(f"--resume {config.resume}: holds no config.json, so no run. Name a folder such as out/mfpo-1")
     try:
         stored = json.loads(path.read_text())
-        return config_class(**{**stored, "out": config.resume, "resume": config.resume})
-    except (json.JSONDecodeError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(
-            f"{path}: not the config of this script ({error}). Resume with the script that wrote it"
+            f"{path}: not JSON ({error}). Without it this run cannot be resumed: start a new one"
         ) from None
+    knobs = {f.name: type(f.default) for f in dataclasses.fields(config_class)}
+    fits = isinstance(stored, dict) and set(stored) == set(knobs)
+    if not fits or any(not isinstance(stored[n], (kind, int) if kind is float else kind) for n, kind in knobs.items()):
+        raise ValueError(f"{path}: is not the config of this script. Resume with the script that wrote it")
+    return config_class(**{**stored, "out": config.resume, "resume": config.resume})
 
 
 class Log:
@@ -370,7 +393,8 @@ class Log:
         self.began, self.first_step = time.perf_counter(), first_step
         if rank() == 0:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]  # later ones are done again
+            # Later steps are done again; the line of each step before is whole, for its checkpoint came after it.
+            kept = lines[:first_step]
             write_text(self.path, "".join(line + "\n" for line in kept))
 
     def __call__(self, step, text, **values):

@@ -51,6 +51,9 @@ def test_regions():
     rng = np.random.default_rng(0)
     key = build_data.region_mask("key", [[2, 3, 5, 7], [-4, 0, 1, 1]], (10, 20), rng)
     assert key.shape == (20, 10) and key.sum() == 3 * 4 + 1 and key[3, 2] and not key[7, 5]
+    outside = build_data.region_mask("key", [[-10, -10, -2, -2], [100, 100, 120, 120]], (10, 20), rng)
+    assert not outside.any()
+    assert build_data.region_mask("key", [[0.4, 0.0, 2.6, 1.2]], (10, 20), rng).sum() == 3
     assert build_data.region_mask("global", [], (10, 20), rng).all()
     shares = [build_data.region_mask("random", [], (64, 64), rng).mean() for _ in range(20)]
     assert all(0.19 < share < 0.21 for share in shares)
@@ -112,6 +115,44 @@ def test_the_same_seed_builds_the_same_files(world):
     assert first == build("two") and first != build("three", seed=1)
     kinds = [json.loads(line)["region_kind"] for line in build("four", region="random")[0].splitlines()]
     assert set(kinds) == {"random"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objects": [{"word": "cup"}]}, "'objects' needs"),
+        ({"objects": [{"word": "cup", "box": [5, 5, 1, 1]}]}, "'objects' needs"),
+        ({"rejected": 3}, "'rejected' must be a text"),
+        ({"source": "mine"}, "'rejected' is missing"),
+    ],
+)
+def test_sources_that_cannot_be_used(world, tmp_path, change, message):
+    record = {**next(data.read_jsonl(world / "val.jsonl"))[1], **change}
+    (world / "bad.jsonl").write_text(json.dumps(record) + "\n")
+    config = build_data.MfpoConfig(
+        source=str(world / "bad.jsonl"), model=str(world / "base"), out=str(world / "bad_out.jsonl")
+    )
+    with pytest.raises(ValueError, match="record 'val-0'") as error:
+        build_data.build_mfpo(config)
+    assert message in str(error.value) and not list(world.glob("bad_out*"))
+
+
+def test_a_source_is_not_overwritten(world):
+    for out in (world / "val.jsonl", world / "val"):
+        with pytest.raises(ValueError, match="must be a .jsonl file other than"):
+            build_data.MfpoConfig(source=str(world / "val.jsonl"), out=str(out))
+
+
+def test_no_box_for_any_keyword_falls_back_to_global_noise(world):
+    record = next(data.read_jsonl(world / "val.jsonl"))[1]
+    (world / "bare.jsonl").write_text(json.dumps({**record, "objects": [], "source": "x", "rejected": "no."}) + "\n")
+    build_data.build_mfpo(
+        build_data.MfpoConfig(
+            source=str(world / "bare.jsonl"), model=str(world / "base"), out=str(world / "bare_out.jsonl")
+        )
+    )
+    (made,) = data.read_records(world / "bare_out.jsonl", data.MFPO_FIELDS)
+    assert made["region_kind"] == "global" and made["regions"] == []
 
 
 def test_yes_no_questions_are_balanced_by_kind(world):

@@ -70,6 +70,12 @@ BAD = {
     "dots": ({**GOOD, "image": "../a.png"}, "lies outside"),
     "absolute": ({**GOOD, "image": "/etc/passwd"}, "lies outside"),
     "link": ({**GOOD, "image": "images/link.png"}, "lies outside"),
+    "zero byte": ({**GOOD, "image": "a\0.png"}, "lies outside"),
+    "half a character": ({**GOOD, "chosen": "a \ud800"}, "half a character"),
+    "deep brackets": ("[" * 100_000, "not JSON"),
+    "huge number": ('{"id": ' + "9" * 5000 + "}", "not JSON"),
+    "regions": ({**GOOD, "regions": "x"}, "'regions' must be a list"),
+    "folder as image": ({**GOOD, "image": "images"}, "cannot be read as an image"),
     "duplicate": ({**GOOD, "id": "first"}, "already used"),
 }
 
@@ -112,6 +118,8 @@ def test_prompt_and_answer_tokens():
     assert words.convert_ids_to_tokens(answer) == ["a", "cup", "</s>"]
     with pytest.raises(ValueError, match="image token"):
         data.encode_prompt(words, "and <image> ?", "USER: <image> {question} A:", 3)
+    with pytest.raises(ValueError, match="special token: delete it"):
+        data.encode_prompt(words, "and </s> ?", "USER: <image> {question} A:", 3)
     with pytest.raises(ValueError, match="special tokens"):
         data.encode_answer(words, "What ?", "a </s> cup", "USER: <image> {question} A:")
 

@@ -67,6 +67,7 @@ def measured(captions, scores):
     ]  # fmt: skip
     names = ("chosen", "rejected", "distorted", "information_gain")
     return {
+        "split": "val",
         "scenes": scenes,
         "captions": captions,
         "answers": ["Yes", "Yes"] * len(captions),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import data
@@ -146,3 +147,21 @@ def test_folders_that_are_no_llava_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match="is a 'gpt2'"):
         model.load(tmp_path)
+
+
+def test_damaged_models_are_refused(policy, tmp_path):
+    model.save(policy, tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        model.load(tmp_path / "m")
+    tensors = load_file_without(whole, tmp_path, "language_model.lm_head.weight")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lack the weights lm_head.weight"):  # else they would be random
+        model.load(tmp_path / "m")
+
+
+def load_file_without(whole, folder, key):
+    (folder / "whole.safetensors").write_bytes(whole)
+    return {name: tensor for name, tensor in load_file(folder / "whole.safetensors").items() if name != key}

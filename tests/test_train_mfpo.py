@@ -1,7 +1,6 @@
 """The trainer's command line: a short run, kill and resume, one process and two, every mistake a user can make."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -130,6 +129,10 @@ def refused(monkeypatch, capsys, *args):
         (["--bet", "1"], "unknown argument '--bet'. Did you mean --beta?"),
         (["--beta", "-0.1"], "--beta must be positive, got -0.1"),
         (["--beta", "x"], "invalid float value: 'x'"),
+        (["--beta", "nan"], "--beta must be a finite number"),
+        (["--eta", "inf"], "--eta must be a finite number"),
+        (["--seed", "-1"], "--seed must not be negative"),
+        (["--data", "nowhere/other.jsonl"], "nowhere/other.jsonl: no such file"),
         (["--image_weight", "-1"], "--image_weight must not be negative"),
         (["--curriculum", "easy"], "use one of easy_to_hard"),
         (["--pairs_per_step", "10", "--pairs_per_gpu", "4"], "the nearest sizes that do are 8 and 12"),
@@ -163,6 +166,11 @@ def test_mistakes_in_the_records(monkeypatch, capsys, bad_data, tmp_path, change
     assert not (tmp_path / "run").exists() and not list(bad_data.glob("ref_*"))
     assert run_here(monkeypatch, *args, "--skip_bad", "True", "--epochs", 1) == 0
     assert "1 records dropped" in capsys.readouterr().out
+
+
+def test_too_few_records_leave_no_run_behind(monkeypatch, capsys, world, tmp_path):
+    told = refused(monkeypatch, capsys, "--data", world, "--out", tmp_path / "run", "--pairs_per_step", 4096)
+    assert "25 records make no step" in told and not (tmp_path / "run").exists()
 
 
 def test_an_existing_run_is_not_overwritten(monkeypatch, capsys, world, tmp_path):
@@ -207,9 +215,36 @@ def test_checkpoints_of_another_model_or_with_a_missing_file_are_refused(group, 
     other.hf.lm_head = torch.nn.Linear(128, 7, bias=False)
     with pytest.raises(ValueError, match="checkpoint of another model: weight.hf.lm_head.weight"):
         runtime.load_checkpoint(tmp_path / "step_00003", other, runtime.adamw(other, 0.0), "abc")
-    next((tmp_path / "step_00003").glob("*.safetensors")).unlink()
-    with pytest.raises(ValueError, match="missing or damaged"):
-        runtime.load_checkpoint(tmp_path / "step_00003", policy, optimizer, "abc")
+    (tmp_path / "step_00003.bak").mkdir()
+    file = next((tmp_path / "step_00003").glob("*.safetensors"))
+    whole = file.read_bytes()
+    for damage in (lambda: file.write_bytes(whole[:-9]), lambda: file.write_bytes(bytes(len(whole))), file.unlink,
+                   lambda: (tmp_path / "step_00003" / "checkpoint.json").write_text("{")):  # fmt: skip
+        damage()
+        with pytest.raises(ValueError, match="step_00003: missing or damaged"):
+            runtime.load_checkpoint(runtime.checkpoints(tmp_path)[-1], policy, optimizer, "abc")
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"beta": 0.1}'])
+def test_a_config_that_is_not_of_this_script_is_refused(monkeypatch, capsys, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    told = refused(monkeypatch, capsys, "--resume", tmp_path)
+    assert "config.json: " in told and [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_rank_0_alone_can_build_a_model_while_the_others_wait(tmp_path):
+    script = tmp_path / "build.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import model, runtime, toy\n"
+        "runtime.start()\n"
+        f"folder = runtime.first_alone(lambda: model.save(toy.build_policy(0), {str(tmp_path / 'base')!r}))\n"
+        "print('rank', runtime.rank(), 'goes on')\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=90)
+    assert "rank 0 goes on" in done.stdout and "rank 1 goes on" in done.stdout, done.stderr
 
 
 def test_the_reference_cache_is_found_again_and_never_stale(monkeypatch, capsys, bad_data, tmp_path):
@@ -224,7 +259,10 @@ def test_the_reference_cache_is_found_again_and_never_stale(monkeypatch, capsys,
     noisy = sorted((bad_data / "mfpo_distorted").iterdir())
     shutil.copy(noisy[0], noisy[1])  # another picture under the same name
     assert run_here(monkeypatch, *args, "--out", tmp_path / "c") == 0 and len(caches()) == 2
-    assert os.environ["OMP_NUM_THREADS"] == "1"
+    config = json.loads((bad_data / "base" / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 1e-5
+    (bad_data / "base" / "config.json").write_text(json.dumps(config))
+    assert run_here(monkeypatch, *args, "--out", tmp_path / "d") == 0 and len(caches()) == 3
 
 
 def test_log_is_cut_back_to_the_checkpoint(group, tmp_path):
