@@ -126,7 +126,7 @@ def draw_scene(rng, p_partner):
     returns  image (64, 64, 3) uint8, objects [{"kind", "colour", "box": [x0, y0, x1, y1]}] with boxes in pixels
              (x1, y1 exclusive), in the order in which captions name them: by pair, anchor before partner
     """
-    anchors = rng.permutation(len(PAIRS))[: 1 + (rng.random() < 0.5)]
+    anchors = rng.permutation(len(PAIRS))[: 1 + (rng.random() < 0.6)]
     kinds = [PAIRS[a][0] for a in anchors]
     kinds += [PAIRS[a][1] for a in anchors if rng.random() < p_partner]
     strays = [PAIRS[a][1] for a in rng.permutation(len(PAIRS)) if a not in anchors]
@@ -324,10 +324,10 @@ def descend(modules, steps, peak, loss_of, title, until=0.0):
 
 
 STAGES = (  # name, steps, stop below this loss, peak rate, scenes a step, {kind of turn: how many a scene}, annotator
-    ("captions", 400, 0.0, 2e-3, 16, {"caption": 1, "word": 3}, "sloppy"),
+    ("captions", 500, 0.0, 2e-3, 16, {"caption": 1, "word": 3}, "sloppy"),
     # Yes/no stays at chance (0.347) for 100 to 300 steps, then falls within 100: how long differs from seed to seed.
     ("yes/no", 800, 0.08, 1e-3, 16, {"yesno": 8}, "careful"),
-    ("mixed", 300, 0.0, 1e-3, 16, {"caption": 1, "yesno": 4, "choice": 1, "number": 0.5, "word": 0.5}, "sloppy"),
+    ("mixed", 400, 0.0, 1e-3, 16, {"caption": 1, "yesno": 4, "choice": 1, "number": 0.5, "word": 0.5}, "sloppy"),
 )
 
 
