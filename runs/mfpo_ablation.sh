@@ -2,7 +2,7 @@
 # The loss terms and the kinds of region of MFPO (its ablations), on the built-in world, over seeds: each seed has its own
 # base model, preference scenes and order; all are measured on the same test scenes.
 #
-#   bash runs/mfpo_ablation.sh            seeds 0 1 2, about 20 minutes on 2 cores; prints the table of the README
+#   bash runs/mfpo_ablation.sh            seeds 0 1 2, about 20 to 25 minutes on 2 cores; prints the table of the README
 #   SEEDS="0 1 2 3 4" SPLIT=val OUT=out/try EXTRA="--beta 0.1" bash runs/mfpo_ablation.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
