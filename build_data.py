@@ -3,21 +3,30 @@ Raw sources -> preference records.
 
     python build_data.py toy                                   the built-in world: scenes and a base model
     python build_data.py mfpo --source data/toy/preference.jsonl --model data/toy/base --out data/toy/mfpo.jsonl
+    python build_data.py mbpo --source data/toy/preference.jsonl --model data/toy/base --out data/toy/mbpo.jsonl
+    torchrun --standalone --nproc_per_node=8 build_data.py mbpo ...       the same records, on 8 GPUs
 
 `mfpo` follows MFPO (arXiv:2410.15334): keywords of the chosen answer by a word graph, their regions in the image,
 diffusion noise inside those regions. Each image is distorted once and stored: policy and reference must see the same.
 
-reads    a JSONL of {"id", "image", "question", "chosen", "objects": [{"word", "box"}], "rejected"}; in the toy world
-         "rejected" is made here, from the model's own answers
-writes   <out>.jsonl (format: data.py) and <out>_distorted/*.png beside it
+`mbpo` follows MBPO (arXiv:2506.08022): the records whose answer needs the image most, an attack on the image that
+makes that answer unlikely, and what the model then says, misled by its language prior, as the rejected answer.
+
+reads    a JSONL of {"id", "image", "question", "chosen"}; mfpo also reads "objects": [{"word", "box"}] and "rejected",
+         which in the toy world is made here, from the model's own answers
+writes   mfpo: <out>.jsonl (format: data.py) and <out>_distorted/*.png beside it
+         mbpo: <out>.jsonl, <out>_attacked/*.png, <out>_dropped.jsonl and, in the toy world, <out>_closed.jsonl
 """
 
 import json
+import math
 import re
 import shutil
 import sys
 import zlib
+from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +35,11 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
+import losses
 import model
 import runtime
 import toy
-from runtime import knob
+from runtime import knob, say
 
 # ------------------------------------------------------------------------------------------------- distortion
 
@@ -211,21 +221,59 @@ def ask_about(records, rng):
                   absent partners asked about more often than present ones, "partners are not there" would score well
     """
     asked = [[] for _ in records]
-    cases = {}  # (partner, is it there) -> scenes
     for i, record in enumerate(records):
         present = [o["word"] for o in record["objects"]]
         absent = [kind for kind in toy.KINDS if kind not in present]
         for kinds, answer in ((present, "Yes"), (absent, "No")):
             asked[i].append({"split": "random", "question": toy.yesno(rng.choice(kinds)), "answer": answer})
+    for partner, there, gone in partner_pairs(records):
+        asked[there].append({"split": "adversarial", "question": toy.yesno(partner), "answer": "Yes"})
+        asked[gone].append({"split": "adversarial", "question": toy.yesno(partner), "answer": "No"})
+    return asked
+
+
+def partner_pairs(records):
+    """
+    [(partner, scene with it, scene without it)], scenes as indices: both hold the partner's anchor, so that only the
+    image tells them apart, and "is there a <partner>" is as often true as not.
+    """
+    cases = {}  # (partner, is it there) -> scenes
+    for i, record in enumerate(records):
+        present = [o["word"] for o in record["objects"]]
         for anchor in present:
             if anchor in toy.PARTNER:
                 cases.setdefault((toy.PARTNER[anchor], toy.PARTNER[anchor] in present), []).append(i)
-    for partner in toy.PARTNER.values():
-        there, gone = cases.get((partner, True), []), cases.get((partner, False), [])
-        for found, answer in ((there, "Yes"), (gone, "No")):
-            for i in found[: min(len(there), len(gone))]:
-                asked[i].append({"split": "adversarial", "question": toy.yesno(partner), "answer": answer})
-    return asked
+    return [
+        (partner, there, gone)
+        for partner in toy.PARTNER.values()
+        for there, gone in zip(cases.get((partner, True), []), cases.get((partner, False), []), strict=False)
+    ]
+
+
+# Shares of closed-ended questions, a guess: half of them yes/no, most of those about the partner of an object that is
+# there, which the prior answers with yes.
+QUESTION_MIX = {"partner": 0.35, "yesno": 0.15, "choice": 0.2, "number": 0.15, "word": 0.15}
+
+
+def closed_questions(records, count, rng):
+    """`count` closed-ended questions (format: data.py) about toy scenes, as QUESTION_MIX has it, in random order."""
+    pairs, asked = rng.permutation(partner_pairs(records)), []
+    for kind, share in QUESTION_MIX.items():
+        for n in range(round(count * share)):
+            if kind == "partner":
+                partner, *scenes = pairs[n // 2 % len(pairs)]
+                i, question, answer, choices = int(scenes[n % 2]), toy.yesno(partner), ("Yes", "No")[n % 2], []
+            else:
+                i = rng.integers(len(records))
+                objects = [(o["colour"], o["word"]) for o in records[i]["objects"]]
+                question, answer, choices = toy.closed_question(kind, objects, rng)
+            record = {
+                "image": records[i]["image"],
+                "question": question,
+                "kind": "yesno" if kind == "partner" else kind,
+            }
+            asked.append(record | {"answer": answer, "choices": choices, "about": records[i]["id"], "source": "toy"})
+    return [{"id": f"closed-{n}", **asked[i]} for n, i in enumerate(rng.permutation(len(asked)))]
 
 
 def build_toy(config):
@@ -264,6 +312,11 @@ def build_toy(config):
             for record, asked in zip(records, ask_about(records, np.random.default_rng(seed)), strict=True):
                 record["asked"] = asked
         runtime.write_jsonl(out / f"{split}.jsonl", records)
+    for split in ("val", "test"):
+        if not (out / f"closed_{split}.jsonl").is_file():
+            records = [record for _, record in data.read_jsonl(out / f"{split}.jsonl")]
+            asked = closed_questions(records, len(records), np.random.default_rng(0))
+            runtime.write_jsonl(out / f"closed_{split}.jsonl", asked)
     if not (out / "base" / "config.json").is_file():
         print("warming up the base model: about 2 minutes on 2 cores, once")
         model.save(toy.warm_up(config.seed), out / "base")
@@ -296,10 +349,17 @@ class MfpoConfig:
             raise ValueError(f"--t {self.t}: a diffusion step lies in 0 to 999")
         if self.top < 1 or self.seed < 0:
             raise ValueError(f"--top must be positive and --seed not negative, got {self.top} and {self.seed}")
-        if self.sheet and not self.sheet.endswith(".png"):
-            raise ValueError(f"--sheet {self.sheet}: must end in .png")
-        if not self.out.endswith(".jsonl") or Path(self.out).resolve() == Path(self.source).resolve():
-            raise ValueError(f"--out {self.out}: must be a .jsonl file other than --source {self.source}")
+        check_out(self.out, self.source, self.sheet)
+
+
+def check_out(out, source, sheet):
+    """ValueError unless the files can be written: `out` a JSONL beside the source, `sheet`, if any, a PNG."""
+    if not out.endswith(".jsonl") or Path(out).resolve() == Path(source).resolve():
+        raise ValueError(f"--out {out}: must be a .jsonl file other than --source {source}")
+    if Path(out).parent.resolve() != Path(source).parent.resolve():
+        raise ValueError(f"--out {out}: must lie beside --source {source}, for the records name images relative to it")
+    if sheet and not (sheet.endswith(".png") and Path(sheet).parent.is_dir()):
+        raise ValueError(f"--sheet {sheet}: must end in .png and lie in a folder that exists")
 
 
 SOURCE_FIELDS = {"id": str, "image": str, "question": str, "chosen": str}
@@ -317,18 +377,13 @@ def own_answers(policy, records, folder, seed, batch=64):
     with torch.no_grad():
         for i in tqdm(range(0, len(records), batch), "the model's own answers", leave=False):
             chunk = records[i : i + batch]
-            pixels = torch.stack([load_pixels(policy, folder, r["image"]) for r in chunk])
+            pixels = model.load_pixels(policy, folder, [r["image"] for r in chunk])
             prompts = [
                 data.encode_prompt(policy.tokenizer, r["question"], model.TEMPLATE, policy.image_tokens) for r in chunk
             ]
             texts, ended = policy.generate(pixels, prompts, 60, temperature=1.0)
             answers += [text if whole else None for text, whole in zip(texts, ended, strict=True)]
     return answers
-
-
-def load_pixels(policy, folder, name):
-    """(3, H, W) pixels in [0, 1] of a record's image, as the policy's vision tower takes them."""
-    return model.to_pixels(data.load_image(data.image_path(folder, name)), policy.image_size)
 
 
 def reject(record, answer, rng):
@@ -355,8 +410,6 @@ def reject(record, answer, rng):
 def build_mfpo(config):
     """Records of `source` -> MFPO records with distorted images. Prints what it used and what it could not."""
     source, out = Path(config.source), Path(config.out)
-    if out.parent.resolve() != source.parent.resolve():
-        raise ValueError(f"--out {out}: must lie beside --source {source}, for the records name images relative to it")
     records = data.read_records(source, SOURCE_FIELDS)
     toy_world = all(record.get("source") == "toy" for record in records)
     data.keep_good(
@@ -438,12 +491,320 @@ def draw_sheet(rows, folder, path, zoom=192):
     sheet.save(path)
 
 
+def check_toy(method, config, data_path):
+    """
+    ValueError where a trainer with --model toy would have to build in a folder that holds something else. Only the
+    default file, <method>.jsonl, is built; what else --data names must be there.
+    """
+    folder = data_path.parent
+    if config.resume and not data_path.is_file():
+        raise ValueError(f"{data_path}: no such file. Resume from the directory that the run was started in")
+    if folder.exists() and folder != Path("data/toy") and not (folder / "preference.jsonl").is_file():
+        raise ValueError(
+            f"--data {folder}: holds neither {data_path.name} nor the toy world. Build records there with "
+            f"build_data.py {method} and name their --model, or build the toy world: build_data.py toy --out {folder}"
+        )
+    if data_path.name != f"{method}.jsonl" and not data_path.is_file():
+        raise ValueError(f"--data {data_path}: no such file. Build it with build_data.py {method} --out {data_path}")
+
+
+def prepare_toy(folder, seed):
+    """Build what the toy world in `folder` lacks, but for the records to train on. Returns the base model's folder."""
+    build_toy(ToyConfig(out=str(folder), seed=seed))
+    base = str(folder / "base")
+    for split in ("val", "test"):
+        source, out = folder / f"{split}.jsonl", folder / f"mfpo_{split}.jsonl"
+        if not out.is_file():
+            build_mfpo(MfpoConfig(source=str(source), out=str(out), model=base, seed=seed))
+    return base
+
+
+# ---------------------------------------------------------------------------------------- `build_data.py mbpo`
+
+
+@dataclass
+class MbpoConfig:
+    source: str = knob("data/toy/preference.jsonl", "JSONL of records with a true answer each")
+    model: str = knob("data/toy/base", "model to attack; its answers to attacked images become the rejected ones")
+    out: str = knob("data/toy/mbpo.jsonl", "where the records go; attacked images and questions go beside it")
+    iig_keep: float = knob(0.5, "share of records kept, those with the largest image information gain; 1 keeps all")
+    attack: str = knob("pgd", "pgd | random (noise of the same size, the paper's control)")
+    eps: str = knob("4/255", "largest change of a pixel, pixels being in [0, 1]; our choice, see runs/mbpo_attack.sh")
+    alpha: str = knob("1/255", "step of pgd; below 1/255 part of it is lost in bfloat16")
+    steps: int = knob(10, "steps of pgd")
+    questions: int = knob(2000, "closed-ended questions to write to <out>_closed.jsonl (toy source only); 0: none")
+    max_new_tokens: int = knob(128, "answers that do not end within so many tokens are dropped")
+    max_length: int = knob(2048, "tokens of image, question and answer; a longer record is an error, never cut")
+    skip_bad: bool = knob(False, "drop bad source records, counted by reason, instead of stopping at the first")
+    batch: int = knob(32, "records per forward pass")
+    seed: int = knob(0, "seed of the noise and of the questions")
+    sheet: str = knob("", "also draw a contact sheet of the first records into this PNG")
+
+    def __post_init__(self):
+        if not 0 < self.iig_keep <= 1:
+            raise ValueError(f"--iig_keep {self.iig_keep}: a share in (0, 1]; 1 keeps all records")
+        if self.attack not in ("pgd", "random"):
+            raise ValueError(f"--attack {self.attack!r}: use pgd or random")
+        if pixels_in("--eps", self.eps) < 1 / 255:
+            raise ValueError(f"--eps {self.eps}: less than 1/255 vanishes when the image is rounded to 8 bits")
+        pixels_in("--alpha", self.alpha)
+        for name in ("steps", "max_new_tokens", "max_length", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
+        if min(self.seed, self.questions) < 0:
+            raise ValueError("--seed and --questions must not be negative")
+        check_out(self.out, self.source, self.sheet)
+
+
+def pixels_in(flag, text):
+    """A size on the scale of pixels in [0, 1], written 4/255 or 0.0157, as a float."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{flag} {text}: not a number. Write it as 4/255 or 0.0157") from None
+    if not 0 < value <= 1:
+        raise ValueError(f"{flag} {text}: must lie in (0, 1], for pixels do; a common size is 4/255")
+    return value
+
+
+def image_gain(policy, rows, pixels):
+    """
+    Image information gain of some records, and what it is made of.
+
+    rows      B of data.Row with the chosen answer;   pixels  (B, 3, H, W) in [0, 1]
+    returns   gain (B,) and the chosen answer's mean log-probability given the image (B,), nats per token
+    """
+    # The paper does not say what the image is compared with: the mean colour is 0 after normalisation.
+    blank = policy.mean.expand_as(pixels)
+    with torch.no_grad():
+        batch, empty = (data.pack(rows, images, policy.pad_id).to(policy.mean.device) for images in (pixels, blank))
+        token_logp = policy("logps", batch)  # (B, T)
+        gain = losses.information_gain(token_logp, policy("logps", empty), batch.answer_mask)
+    return gain, token_logp.sum(1) / batch.answer_mask.sum(1)
+
+
+def attack_images(policy, rows, pixels, noise, kind, eps, alpha=0.0, steps=0):
+    """
+    MBPO's adversarial images: small changes that make the chosen answer unlikely (untargeted PGD, Madry et al. 2018).
+
+        delta <- clip(delta - alpha * sign(grad_delta mean_t log pi(y_t|x, m + delta, y_<t)), -eps, eps)
+
+    rows      B of data.Row with the chosen answer
+    pixels    (B, 3, H, W) m, multiples of 1/255 in [0, 1]; m + delta stays in [0, 1] too
+    noise     (B, 3, H, W) in [-1, 1]: the start is eps * noise, and with kind "random" that is all
+    returns   (B, 3, H, W), again multiples of 1/255, each at most eps from m: what is saved is what was attacked
+
+    DEVIATION: the paper names neither steps nor sizes nor the start; all are ours. Only the image's gradient is
+    computed: the caller freezes the parameters, which saves their gradients' time and memory.
+    """
+    delta = eps * noise
+    for _ in range(steps if kind == "pgd" else 0):
+        attacked = (pixels + delta).clamp(0, 1).requires_grad_()
+        batch = data.pack(rows, attacked, policy.pad_id).to(pixels.device)
+        mean_logp = policy("logps", batch).sum(1) / batch.answer_mask.sum(1)  # (B,)
+        # Each image moves only its own answer, so the gradient of the sum is each one's own.
+        (gradient,) = torch.autograd.grad(mean_logp.sum(), attacked)
+        delta = (delta - alpha * gradient.sign()).clamp(-eps, eps)
+    levels = math.floor(eps * 255 + 1e-6)  # rounded to 8 bits inside the ball, not out of it
+    change = (delta * 255).round().clamp(-levels, levels)
+    return ((pixels * 255).round() + change).clamp(0, 255) / 255
+
+
+REFUSAL = re.compile(
+    r"(i'?m |i am )?(sorry|unable|not able)|i (can'?t|cannot|can not|could not)|as an ai", re.IGNORECASE
+)
+
+
+def why_drop(mined, chosen, ended):
+    """
+    Why a mined answer cannot be a rejected one, or '': too long | empty | refusal | equal | loop.
+
+    A loop is a phrase of up to 12 words three times in a row. Refusals are dropped because an attacked image may only
+    provoke "I cannot see", which is not an answer misled by the language prior.
+    """
+    words, truth = (re.findall(r"\w+", text.lower()) for text in (mined, chosen))
+    phrases = [(n, i) for n in range(1, 13) for i in range(len(words) - 3 * n + 1)]
+    if not words:
+        return "empty"
+    if any(words[i : i + n] == words[i + n : i + 2 * n] == words[i + 2 * n : i + 3 * n] for n, i in phrases):
+        return "loop"
+    if not ended:
+        return "too long"
+    if REFUSAL.match(mined.strip()):
+        return "refusal"
+    return "equal" if words == truth else ""
+
+
+def build_mbpo(config):
+    """
+    Records of `source` -> MBPO records: choose by information gain, attack, let the model answer, drop what is no
+    answer. All ranks call it. What is done is kept in <out>.parts, so a build that was stopped goes on from there.
+    """
+    source, out = Path(config.source), Path(config.out)
+    records = data.read_records(source, SOURCE_FIELDS, config.skip_bad)
+    policy = model.load(config.model).eval().requires_grad_(False)
+    records, rows = data.encode_records(
+        data.chosen_row, records, source, policy.tokenizer, model.TEMPLATE, policy.image_tokens, config.max_length,
+        config.skip_bad,
+    )  # fmt: skip
+    device, folder, parts = runtime.device(), source.parent, out.with_suffix(".parts")
+    runtime.first_alone(lambda: open_parts(parts, config, model.fingerprint(policy, device, folder, records)))
+    policy = runtime.shard(policy, device)
+    eps, alpha = pixels_in("--eps", config.eps), pixels_in("--alpha", config.alpha)
+    say(f"{len(records)} records from {source}; attack: {config.attack} eps={config.eps}")
+
+    def gain_of(pick):
+        pixels = model.load_pixels(policy, folder, [records[i]["image"] for i in pick]).to(device)
+        gains, logps = image_gain(policy, [rows[i] for i in pick], pixels)
+        return [{"iig": gain, "logp": logp} for gain, logp in zip(gains.tolist(), logps.tolist(), strict=True)]
+
+    found = in_parts(parts, "gain", range(len(records)), config.batch, gain_of, policy)
+    gains = np.array([line["iig"] for line in found])
+    kept = np.sort(np.argsort(-gains, kind="stable")[: max(1, round(len(gains) * config.iig_keep))])
+    length = np.array([len(row.answers[0]) for row in rows])
+    say(
+        f"information gain: kept {len(kept)} of {len(gains)}, {gains[kept].mean():.2f} nats per token against "
+        f"{gains.mean():.2f} over all; their answers have {length[kept].mean():.1f} tokens against {length.mean():.1f}"
+    )
+
+    def mine(pick):
+        pixels = model.load_pixels(policy, folder, [records[i]["image"] for i in pick]).to(device)
+        draws = [seeded(config.seed, records[i]["id"]).uniform(-1, 1, pixels.shape[1:]) for i in pick]
+        noise = torch.from_numpy(np.stack(draws)).float().to(device)
+        chosen = [rows[i] for i in pick]
+        attacked = attack_images(policy, chosen, pixels, noise, config.attack, eps, alpha, config.steps)
+        _, logps = image_gain(policy, chosen, attacked)
+        with torch.no_grad():
+            answers, ended = policy("generate", attacked, [row.prefix for row in chosen], config.max_new_tokens)
+        lines = []
+        for k, i in enumerate(pick):
+            name = f"{i:06}.png"
+            image = (attacked[k] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+            Image.fromarray(image).save(parts / "attacked" / name)
+            used = {"kind": config.attack, "eps": round(eps, 6)}
+            used |= {"alpha": round(alpha, 6), "steps": config.steps} if config.attack == "pgd" else {}
+            line = {key: records[i][key] for key in SOURCE_FIELDS} | {"rejected": answers[k]}
+            line |= {"image_attacked": f"{out.stem}_attacked/{name}", "iig": found[i]["iig"], "attack": used}
+            # How many nats per token the attack took from the chosen answer.
+            line |= {"fall": found[i]["logp"] - logps[k].item(), "source": records[i].get("source", "")}
+            lines.append(line | {"dropped": why_drop(answers[k], records[i]["chosen"], ended[k])})
+        return lines
+
+    mined = in_parts(parts, "attack", kept.tolist(), config.batch, mine, policy)
+    runtime.first_alone(lambda: finish_mbpo(config, out, parts, records, mined))
+
+
+def open_parts(parts, config, fingerprint):
+    """Make the folder of an unfinished build, or check that the one that is there is of the same settings and data."""
+    path, settings = parts / "settings.json", vars(config) | {"fingerprint": fingerprint}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        others = [name for name in settings if before.get(name) != settings[name] and name != "sheet"]
+        if others:
+            told = ", ".join(
+                "another source or model" if n == "fingerprint" else f"--{n} {before.get(n)}" for n in others
+            )
+            raise ValueError(f"{parts}: an unfinished build with {told}. Finish it so, or delete that folder")
+        print(f"going on with the unfinished build in {parts}")
+    else:
+        (parts / "attacked").mkdir(parents=True, exist_ok=True)
+        runtime.write_text(path, json.dumps(settings))
+
+
+def in_parts(parts, name, items, batch, work, policy):
+    """
+    work(items of a part) -> one line for each item, for all items; every rank gets all lines in order.
+
+    A part is `batch` items, whatever the number of processes, and its file appears once it is whole: so the same
+    lines come out of any number of processes, and a part that is there already is not done again.
+    """
+    chunks = [items[i : i + batch] for i in range(0, len(items), batch)]
+    files = [parts / f"{name}_{number:06}.jsonl" for number in range(len(chunks))]
+    todo = runtime.first_alone(lambda: [number for number, file in enumerate(files) if not file.is_file()])
+    title = {"gain": "information gain", "attack": "attacking and answering"}[name]
+    bar = tqdm(total=len(items), desc=title, leave=False, unit="record", disable=runtime.rank() > 0)
+    bar.update(len(items) - sum(len(chunks[number]) for number in todo))
+    with runtime.summoned(policy):
+        for number in runtime.my_share(todo):
+            runtime.write_jsonl(files[number], work(chunks[number]))
+            bar.update(min(runtime.world() * len(chunks[number]), bar.total - bar.n))
+    bar.close()
+    runtime.barrier()
+    return [line for file in files for _, line in data.read_jsonl(file)]
+
+
+def finish_mbpo(config, out, parts, records, mined):
+    """Put the parts together: attacked images, records, what was dropped, questions; then the parts can go."""
+    images = out.with_name(f"{out.stem}_attacked")
+    if (parts / "attacked").is_dir():  # else it was moved before this was interrupted
+        out.unlink(missing_ok=True)  # an older build; whole until now
+        shutil.rmtree(images, ignore_errors=True)
+        (parts / "attacked").rename(images)
+    reasons = Counter(line["dropped"] for line in mined if line["dropped"])
+    rows = [{k: v for k, v in line.items() if k != "dropped"} for line in mined if not line["dropped"]]
+    if not rows:
+        raise ValueError(
+            f"{config.source}: no mined answer can be used; dropped: {dict(reasons)}. Look at "
+            f"{out.stem}_dropped.jsonl and change --eps or --attack"
+        )
+    runtime.write_jsonl(out.with_name(f"{out.stem}_dropped.jsonl"), [line for line in mined if line["dropped"]])
+    if config.questions and all(record.get("source") == "toy" for record in records):
+        asked = closed_questions(records, config.questions, np.random.default_rng([config.seed, 5]))
+        runtime.write_jsonl(out.with_name(f"{out.stem}_closed.jsonl"), asked)
+        print(f"wrote {out.stem}_closed.jsonl: {len(asked)} closed-ended questions")
+    runtime.write_jsonl(out, rows)
+    shutil.rmtree(parts)
+    dropped = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "none"
+    print(f"wrote {out}: {len(rows)} records; dropped: {dropped} (kept in {out.stem}_dropped.jsonl)")
+    if config.sheet:
+        draw_attacks(rows[:8], out.parent, config.sheet)
+        print(f"wrote {config.sheet}")
+
+
+def draw_attacks(rows, folder, path, zoom=192, factor=20):
+    """
+    A contact sheet, a row a record: the image, the attacked image, their difference `factor` times as large around
+    grey, and both answers, with the content words of the mined one that the chosen one does not hold in red.
+    """
+    sheet = Image.new("RGB", (3 * (zoom + 10) + 640, len(rows) * (zoom + 10) + 10), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, row in enumerate(rows):
+        top = 10 + i * (zoom + 10)
+        attacked = data.load_image(data.image_path(folder, row["image_attacked"]))
+        clean = model.to_pixels(data.load_image(data.image_path(folder, row["image"])), attacked.width)
+        clean = (clean * 255).round().byte().permute(1, 2, 0).numpy()
+        change = np.asarray(attacked).astype(int) - clean
+        magnified = Image.fromarray((128 + factor * change).clip(0, 255).astype(np.uint8))
+        for column, image in enumerate((Image.fromarray(clean), attacked, magnified)):
+            shown = image.resize((zoom, zoom), Image.Resampling.NEAREST)
+            sheet.paste(shown, (10 + column * (zoom + 10), top))
+        left, y = 3 * (zoom + 10) + 20, top
+        sizes = f"{row['attack']['kind']}, eps {row['attack']['eps'] * 255:g}/255; third picture: difference x {factor}"
+        known = set(content_words(row["chosen"]))
+        for title, text in (("chosen", row["chosen"]), ("mined", row["rejected"]), ("attack", sizes)):
+            x = left
+            for word in [f"{title}:", *text.split()]:
+                new = title == "mined" and any(w not in known for w in content_words(word)) and word != "mined:"
+                width = pen.textlength(word + " ", font_size=15)
+                if x + width > sheet.width - 10:
+                    x, y = left, y + 20
+                pen.text((x, y), word, fill="red" if new else "black", font_size=15)
+                x += width
+            y += 36
+    sheet.save(path)
+
+
 # ------------------------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"toy": (ToyConfig, build_toy), "mfpo": (MfpoConfig, build_mfpo)}
+    # mbpo splits its work over the ranks; the others are quick, and rank 0 does them alone.
+    commands = {
+        "toy": (ToyConfig, lambda config: runtime.first_alone(lambda: build_toy(config))),
+        "mfpo": (MfpoConfig, lambda config: runtime.first_alone(lambda: build_mfpo(config))),
+        "mbpo": (MbpoConfig, build_mbpo),
+    }
     if argv and argv[0] in ("-h", "--help"):
         print(__doc__ + "\neach takes --help")
         return
@@ -451,13 +812,14 @@ def main(argv=None):
         raise ValueError(f"build_data.py needs what to build: {' | '.join(commands)}, for example build_data.py toy")
     config_class, build = commands[argv[0]]
     config = runtime.parse_config(config_class, argv[1:], description=__doc__)
+    runtime.start()
     build(config)
     if argv[0] == "toy":
-        print(f"next: python build_data.py mfpo --source {config.out}/preference.jsonl --model {config.out}/base "
-              f"--out {config.out}/mfpo.jsonl")  # fmt: skip
+        say(f"next: python build_data.py mfpo --source {config.out}/preference.jsonl --model {config.out}/base "
+            f"--out {config.out}/mfpo.jsonl")  # fmt: skip
     else:
         base = "" if Path(config.model) == Path(config.out).parent / "base" else f"--model {config.model} "
-        print(f"next: torchrun train_mfpo.py {base}--data {config.out}")
+        say(f"next: torchrun train_{argv[0]}.py {base}--data {config.out}")
 
 
 if __name__ == "__main__":

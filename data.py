@@ -7,6 +7,15 @@ A dataset is a folder with a JSONL file, one record a line, and images beside it
      "image_rejected": "distorted/17.png", "region_kind": "key", "regions": [{"word": "cup", "box": [x0, y0, x1, y1]}],
      "source": "toy"}                                                              boxes in pixels of "image"
 
+For MBPO, pairs whose rejected answer was mined with an attack on the image, and closed-ended questions:
+
+    {"id": "17", "image": "images/17.png", "question": "Describe the picture.", "chosen": "...", "rejected": "...",
+     "image_attacked": "attacked/17.png", "iig": 2.4, "attack": {"kind": "pgd", "eps": 0.0157, "steps": 10, ...}}
+    {"id": "18", "image": "images/18.png", "question": "Is there a cup?", "kind": "yesno", "answer": "Yes"}
+
+"kind" says which answers are right (closed_answer in eval.py): yesno (Yes, No) | choice (a letter of the options in
+"choices") | number (digits) | word (one of "choices", if they are given).
+
 A packed row holds everything that shares an image and a question, so that both are computed once:
 
     [<s> USER: <image>...<image> question ASSISTANT:] [chosen </s>] [rejected </s>]
@@ -31,8 +40,12 @@ from tqdm import tqdm
 
 MAX_PIXELS = 50_000_000  # larger images are refused: a decompression bomb would take the machine down (ours)
 MFPO_FIELDS = dict.fromkeys(("id", "image", "question", "chosen", "rejected", "image_rejected"), str)
+MBPO_FIELDS = dict.fromkeys(("id", "image", "question", "chosen", "rejected"), str)
+QUESTION_FIELDS = dict.fromkeys(("id", "image", "question", "kind", "answer"), str)
+QUESTION_KINDS = ("yesno", "choice", "number", "word")
 FIRST = os.environ.get("RANK", "0") == "0"  # all processes read, one of them tells
 REGION_KINDS = ("key", "random", "global")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 # ---------------------------------------------------------------------------------------------------- records
@@ -121,9 +134,34 @@ def check_record(record, fields, folder):
         raise BadRecord("'region_kind' unknown", message)
     if not isinstance(record.get("regions", []), list):
         raise BadRecord("'regions' of the wrong type", f"field 'regions' must be a list, got {record['regions']!r}")
+    if "kind" in fields:
+        check_question(record)
     for name in ("image", "image_rejected"):
         if name in fields:
             load_image(image_path(folder, record[name]))
+
+
+def check_question(record):
+    """Raise BadRecord unless a closed-ended question is of a kind that can be verified, with an answer of that kind."""
+    kind, answer, choices = record["kind"], record["answer"], record.get("choices", [])
+    if kind not in QUESTION_KINDS:
+        message = f"field 'kind': no verifier for {kind!r}. Use one of {', '.join(QUESTION_KINDS)}"
+        raise BadRecord("'kind' without a verifier", message)
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise BadRecord(
+            "'choices' unusable", f"field 'choices' must be a list of texts, got {str(choices)[:60]}. Mend it"
+        )
+    right = {
+        "yesno": ("Yes", "No"),
+        "choice": LETTERS[: len(choices)],
+        "number": (answer,) if answer.isascii() and answer.isdigit() else ("digits",),
+        "word": choices or (answer,),
+    }[kind]
+    if answer not in tuple(right) or (kind == "choice" and not 2 <= len(choices) <= len(LETTERS)):
+        message = (
+            f"field 'answer' of a {kind} question must be one of {', '.join(right) or 'choices, which are missing'}"
+        )
+        raise BadRecord("'answer' unusable", f"{message}, got {answer!r}. Mend or delete the record")
 
 
 def keep_good(items, attempt, where, skip_bad, title):
@@ -247,8 +285,8 @@ def check_length(row, max_length):
         )
 
 
-def mfpo_rows(record, tokenizer, template, image_tokens, max_length):
-    """A record's two rows: the image with chosen and rejected, the distorted image with chosen."""
+def pair_row(record, tokenizer, template, image_tokens, max_length):
+    """A record's one row for MBPO: the image with chosen and rejected."""
     prefix = encode_prompt(tokenizer, record["question"], template, image_tokens)
     chosen, rejected = (
         encode_answer(tokenizer, record["question"], record[name], template) for name in ("chosen", "rejected")
@@ -256,16 +294,41 @@ def mfpo_rows(record, tokenizer, template, image_tokens, max_length):
     if chosen == rejected:
         message = "'chosen' and 'rejected' become the same tokens: such a pair teaches nothing. Delete the record"
         raise BadRecord("chosen equal to rejected", message)
-    clean = Row(prefix, [chosen, rejected], record["id"])
-    check_length(clean, max_length)
-    return clean, Row(prefix, [chosen], record["id"])
+    row = Row(prefix, [chosen, rejected], record["id"])
+    check_length(row, max_length)
+    return row
 
 
-def encode_records(records, path, tokenizer, template, image_tokens, max_length, skip_bad=False):
-    """MFPO records -> (records that fit, their rows). What does not fit is an error or a counted drop, never cut."""
+def mfpo_rows(record, *settings):
+    """A record's two rows for MFPO: the image with chosen and rejected, the distorted image with chosen."""
+    clean = pair_row(record, *settings)
+    return clean, Row(clean.prefix, clean.answers[:1], clean.id)
+
+
+def chosen_row(record, tokenizer, template, image_tokens, max_length):
+    """A record's row with the chosen answer alone."""
+    prefix = encode_prompt(tokenizer, record["question"], template, image_tokens)
+    row = Row(prefix, [encode_answer(tokenizer, record["question"], record["chosen"], template)], record["id"])
+    check_length(row, max_length)
+    return row
+
+
+def question_row(record, tokenizer, template, image_tokens, max_length):
+    """A closed-ended question's row, without answers: those are sampled."""
+    row = Row(encode_prompt(tokenizer, record["question"], template, image_tokens), [[]], record["id"])
+    check_length(row, max_length)
+    return row
+
+
+def encode_records(rows_of, records, path, tokenizer, template, image_tokens, max_length, skip_bad=False):
+    """
+    Records -> (records that fit, their rows). What does not fit is an error or a counted drop, never cut.
+
+    rows_of   mfpo_rows | pair_row | chosen_row | question_row
+    """
     return keep_good(
         records,
-        lambda r: mfpo_rows(r, tokenizer, template, image_tokens, max_length),
+        lambda r: rows_of(r, tokenizer, template, image_tokens, max_length),
         lambda r: f"{path}, record {r['id']!r}",
         skip_bad,
         f"tokenising {path}",

@@ -3,8 +3,10 @@ Checkpoint in, table out.
 
     python eval.py --model out/mfpo-1/final --base data/toy/base --data data/toy
     python eval.py --runs out/mfpo_ablation             a table over finished runs, mean and interval over seeds
+    python eval.py --mined data/toy-0 data/toy-1        what attacks made the base models say (runs/mbpo_attack.sh)
 
-reads    <data>/<split>.jsonl, scenes with objects, a question and yes/no questions; <data>/mfpo_<split>.jsonl, pairs
+reads    <data>/<split>.jsonl, scenes with objects, a question and yes/no questions; <data>/mfpo_<split>.jsonl, pairs;
+         <data>/closed_<split>.jsonl, closed-ended questions
 writes   the table, some captions before and after with the invented words in [brackets], and --json
 
     CHAIR_s     captions that name an object that is not there / captions            (Rohrbach et al. 2018)
@@ -12,6 +14,8 @@ writes   the table, some captions before and after with the invented words in [b
     object F1   harmonic mean of 1 - CHAIR_i and recall: CHAIR alone is gamed by saying little
     exact       captions that name just the objects that are there, each in its colour
     yes/no      Is there a X? random: X absent at random; adversarial: X the partner of a present object (POPE)
+    closed      closed-ended questions answered rightly: yes/no (a third of all about partners), which of four
+                is there, how many, what colour; read from the text by the rules that also give MBPO's rewards
     margins     nats, log-ratio differences of policy and base on held-out pairs, not multiplied by beta
     info gain   nats per token, how much the image helps to say the true caption (MBPO)
 
@@ -20,6 +24,7 @@ Every figure has a 95 % bootstrap interval over scenes.
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +49,55 @@ def yes_or_no(answer):
     """POPE's own parsing: the text before the first full stop; 'No', 'no' or 'not' as a word is no, all else yes."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "No" if {"No", "no", "not"} & set(words) else "Yes"
+
+
+def plain(text):
+    """Lower-case words, articles left out."""
+    return " ".join(word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the"))
+
+
+def closed_answer(text, question):
+    """
+    The answer that a text gives to a closed-ended question (format: data.py), or None if it gives none or several:
+    rewards are computed with these rules, and a text that names every answer must not score.
+
+    yesno    "Yes" or "No": the one of which a word occurs
+    choice   a letter, alone or in front as "B." or "(B)", or in "the answer is B"; or the letter of the option's text
+    number   the only number in the text, in digits
+    word     the one of "choices" that occurs; without choices the whole text, but for articles and case
+    """
+    kind, choices = question["kind"], question.get("choices", [])
+    if kind == "yesno":
+        words = set(plain(text).split())
+        found = [word for word, signs in (("Yes", {"yes"}), ("No", {"no", "not"})) if words & signs]
+    elif kind == "choice":
+        found = re.findall(r"^\(?([A-Z])\)?(?:[.):,]|$)", text.strip())
+        found = found or re.findall(r"(?i:the answer is) \(?([A-Z])\b", text)
+        found = found or [data.LETTERS[i] for i, option in enumerate(choices) if plain(option) == plain(text)]
+        found = [letter for letter in found if letter in data.LETTERS[: len(choices)]]
+    elif kind == "number":
+        found = [digits.lstrip("0") or "0" for digits in re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3})", "", text))]
+    elif choices:
+        found = [choice for choice in choices if f" {plain(choice)} " in f" {plain(text)} "]
+    else:
+        found = [plain(text)] if plain(text) else []
+    return found[0] if len(found) == 1 else None
+
+
+def is_right(text, question):
+    """Does the text give the true answer?"""
+    said, truth = closed_answer(text, question), question["answer"]
+    if said is None or said == truth:
+        return said == truth
+    return {"number": said == (truth.lstrip("0") or "0"), "word": plain(said) == plain(truth)}.get(
+        question["kind"], False
+    )
+
+
+def in_form(text, question):
+    """Is the text an answer in the form asked for and nothing else: Yes or No, a letter, digits, the word itself?"""
+    said, answer = text.strip().removesuffix(".").lower(), closed_answer(text, question)
+    return answer is not None and said in (answer.lower(), f"({answer.lower()})")
 
 
 def caption_counts(caption, objects):
@@ -98,6 +152,16 @@ for _split in ("random", "adversarial"):
         ),
         f"pope_{_split}_yes": lambda s, p=_split: ratio(s[f"{p}_tp"] + s[f"{p}_fp"], s[f"{p}_asked"]),
     }
+METRICS["closed"] = lambda s: ratio(
+    *(sum(s[f"closed_{kind}_{n}"] for kind in data.QUESTION_KINDS) for n in ("right", "asked"))
+)
+METRICS["closed_in_form"] = lambda s: ratio(
+    s["closed_in_form"], sum(s[f"closed_{kind}_asked"] for kind in data.QUESTION_KINDS)
+)
+METRICS |= {
+    f"closed_{kind}": lambda s, k=kind: ratio(s[f"closed_{k}_right"], s[f"closed_{k}_asked"])
+    for kind in data.QUESTION_KINDS
+}
 MEANS = ("text_margin", "image_margin", "text_margin_positive", "image_margin_positive", "chosen_shift",
          "information_gain")  # fmt: skip
 METRICS |= {name: lambda s, n=name: ratio(s[n], s["captions"]) for name in MEANS}
@@ -133,7 +197,7 @@ def pair_scores(policy, pairs, folder, batch=64):
         for i in tqdm(range(0, len(mine), batch), "scoring pairs", leave=False, disable=runtime.rank() > 0):
             chunk = mine[i : i + batch]
             _, rows = data.encode_records(
-                chunk, folder, policy.tokenizer, model.TEMPLATE, policy.image_tokens, math.inf
+                data.mfpo_rows, chunk, folder, policy.tokenizer, model.TEMPLATE, policy.image_tokens, math.inf
             )
             packed = model.pair_batch(policy, chunk, rows, folder)
             token_logp = policy("logps", packed).view(len(chunk), 3, -1)  # (B, 3, T)
@@ -153,18 +217,24 @@ def measure(policy, folder, split):
     fields = {"id": str, "image": str, "question": str, "chosen": str, "objects": list, "asked": list}
     scenes = data.read_records(folder / f"{split}.jsonl", fields)
     pairs = data.read_records(folder / f"mfpo_{split}.jsonl", data.MFPO_FIELDS)
+    closed = data.read_records(folder / f"closed_{split}.jsonl", data.QUESTION_FIELDS)
     if [r["id"] for r in pairs] != [r["id"] for r in scenes]:
         raise ValueError(f"{folder}/mfpo_{split}.jsonl: was not built from {split}.jsonl (other ids). Delete it")
-    pixels = torch.stack(
-        [model.to_pixels(data.load_image(data.image_path(folder, s["image"])), policy.image_size) for s in scenes]
-    )
+    if not {q["image"] for q in closed} <= {r["image"] for r in scenes}:
+        raise ValueError(f"{folder}/closed_{split}.jsonl: was not built from {split}.jsonl (other images). Delete it")
+    pixels = model.load_pixels(policy, folder, [s["image"] for s in scenes])
     described = [(i, scene["question"]) for i, scene in enumerate(scenes)]
     questions = [(i, asked["question"]) for i, scene in enumerate(scenes) for asked in scene["asked"]]
+    scene_of = {scene["image"]: i for i, scene in enumerate(scenes)}
+    closed = [{**question, "scene": scene_of[question["image"]]} for question in closed]
+    closed_asked = [(question["scene"], question["question"]) for question in closed]
     return {
         "split": split,
         "scenes": scenes,
         "captions": answer_all(policy, pixels, described, 60, "captions"),
         "answers": answer_all(policy, pixels, questions, 4, "yes/no"),
+        "closed": closed,
+        "closed_answers": answer_all(policy, pixels, closed_asked, 16, "closed-ended"),
         "scores": pair_scores(policy, pairs, folder),
     }
 
@@ -178,7 +248,13 @@ def counts_of(measured, base):
         for split in ("random", "adversarial"):
             here = [(said, question["answer"]) for question, said in asked if question["split"] == split]
             row |= yesno_counts([said for said, _ in here], [truth for _, truth in here], split)
-        rows.append(row)
+        rows.append(row | {f"closed_{kind}_{n}": 0.0 for kind in data.QUESTION_KINDS for n in ("asked", "right")})
+        rows[-1]["closed_in_form"] = 0.0
+    for question, text in zip(measured["closed"], measured["closed_answers"], strict=True):
+        row, kind = rows[question["scene"]], question["kind"]
+        row[f"closed_{kind}_asked"] += 1
+        row[f"closed_{kind}_right"] += is_right(text, question)
+        row["closed_in_form"] += in_form(text, question)
     arrays = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     h = {name: measured["scores"][name] - base["scores"][name] for name in ("chosen", "rejected", "distorted")}
     arrays["text_margin"], arrays["image_margin"] = h["chosen"] - h["rejected"], h["chosen"] - h["distorted"]
@@ -230,6 +306,12 @@ TABLE = {
     "pope_adversarial": "yes/no accuracy, adversarial",
     "pope_adversarial_f1": "yes/no F1, adversarial",
     "pope_adversarial_yes": "yes ratio, adversarial",
+    "closed": "closed-ended accuracy",
+    "closed_yesno": "  yes/no",
+    "closed_choice": "  which of four",
+    "closed_number": "  how many",
+    "closed_word": "  what colour",
+    "closed_in_form": "closed-ended, in the asked form",
     "text_margin": "text margin (nats)",
     "image_margin": "image margin (nats)",
     "text_margin_positive": "pairs with text margin > 0",

@@ -17,6 +17,9 @@ def _check(*tensors):
     assert all(t.dtype in (torch.float32, torch.float64) for t in tensors), [t.dtype for t in tensors]
 
 
+# -------------------------------------------------------------------------------------------------------- MFPO
+
+
 def dpo_loss(policy_w, policy_l, ref_w, ref_l, beta):
     """
     L_text of MFPO (arXiv:2410.15334), which is DPO, Eq. 7 of Rafailov et al. 2023 (arXiv:2305.18290).
@@ -82,6 +85,9 @@ def fairness(text_margin, image_margin):
     return torch.where(high > 0, low / high, torch.full_like(high, torch.nan))
 
 
+# -------------------------------------------------------------------------------------------------------- MBPO
+
+
 def information_gain(token_logp, blank_token_logp, mask):
     """
     Image information gain of MBPO (arXiv:2506.08022): how much the image helps to say the answer.
@@ -97,3 +103,69 @@ def information_gain(token_logp, blank_token_logp, mask):
     _check(token_logp, blank_token_logp)
     gain = torch.where(mask, token_logp - blank_token_logp, 0.0)  # (B, T)
     return gain.sum(1) / mask.sum(1)
+
+
+def group_advantages(rewards):
+    """
+    How much better each answer is than the others to the same question, MBPO's GRPO (Shao et al. 2024,
+    arXiv:2402.03300, Section 4.1.2).
+
+        A_i = (r_i - mean(r)) / (std(r) + 1e-4)
+
+    rewards   (N, G) float32, G answers to each of N questions
+    returns   (N, G), no unit; zeros for a group of equal rewards, from which nothing can be learnt
+
+    The standard deviation is over n, so that a pair with rewards {2, 0} gets {+1, -1}; over n - 1, as some public
+    codes have it, these would be {+0.71, -0.71}.
+    """
+    _check(rewards)
+    assert rewards.ndim == 2, tuple(rewards.shape)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    advantages = centred / (rewards.std(1, correction=0, keepdim=True) + 1e-4)
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)  # asked exactly: the mean of equal numbers is rounded
+    return torch.where(equal, 0.0, advantages)
+
+
+def kl_k3(token_logp, ref_token_logp):
+    """
+    An estimate of KL(pi || ref) from the tokens that were said, GRPO Eq. 4; never negative ("k3", Schulman 2020).
+
+        k3 = exp(d) - d - 1,   d = log ref(y_t) - log pi(y_t)
+
+    token_logp, ref_token_logp   (A, T) float32 nats
+    returns  (A, T) nats; its gradient with respect to token_logp is 1 - exp(d)
+    """
+    _check(token_logp, ref_token_logp)
+    d = ref_token_logp - token_logp
+    return torch.expm1(d) - d  # exp(d) - 1 in one step: near d = 0 the subtraction would leave only rounding
+
+
+def grpo_loss(token_logp, old_token_logp, ref_token_logp, advantage, mask, clip, kl):
+    """
+    The loss of MBPO (arXiv:2506.08022), which is GRPO, Eq. 3 of Shao et al. 2024, for each answer of a group.
+
+        loss_i = -mean_t { min[rho_t A_i, clip(rho_t, 1 - e, 1 + e) A_i] - kl * k3_t },   rho_t = exp(logp - logp_old)
+
+    token_logp       (A, T) float32 nats, of the A answers of some groups under the policy
+    old_token_logp   (A, T) the same when the answers were said, a constant. DEVIATION: no policy of ours said the
+                     offline answers, and the paper does not say what stands here; ours is the policy before the update
+    ref_token_logp   (A, T) the same under the frozen reference
+    advantage        (A,)   from `group_advantages`;   mask  (A, T) bool, True at the answer's tokens
+    clip             e, how far the ratio rho may count;   kl  weight of the KL term
+    returns  loss (A,); for the log, detached: the share of tokens that are clipped (A,) and the mean KL (A,), nats
+
+    With one update per rollout rho is 1, the loss is -A_i, and clipping never acts: only the KL term and the
+    learning rate then bound how far offline answers, whose advantages never shrink, push the policy.
+    """
+    _check(token_logp, old_token_logp, ref_token_logp)
+    assert mask.shape == token_logp.shape and advantage.shape == mask.shape[:1]
+
+    def mean(values):  # over the answer's tokens
+        return torch.where(mask, values, 0.0).sum(1) / mask.sum(1)
+
+    ratio = torch.exp(token_logp - old_token_logp)  # (A, T)
+    A = advantage[:, None]
+    k3 = kl_k3(token_logp, ref_token_logp)
+    gain = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+    clipped = ((ratio > 1 + clip) & (A > 0)) | ((ratio < 1 - clip) & (A < 0))
+    return -mean(gain - kl * k3), mean(clipped.float()).detach(), mean(k3).detach()

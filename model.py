@@ -8,6 +8,7 @@ It scores packed rows (data.py), generates, loads a Hugging Face LLaVA folder an
 (the one that `LlavaForConditionalGeneration.from_pretrained` and vLLM read). It knows nothing of training.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 from transformers.utils import logging
 
 from data import image_path, load_image, pack
@@ -106,24 +107,79 @@ class Policy(nn.Module):
         pixels (R, 3, H, W) in [0, 1];   prompts  R lists of token ids (data.encode_prompt)
         returns  R strings, and R flags: did the answer end by itself, within `max_new_tokens`?
         """
-        length = max(map(len, prompts))
-        ids = torch.full((len(prompts), length), self.pad_id)
-        for r, prompt in enumerate(prompts):
-            ids[r, length - len(prompt) :] = torch.tensor(prompt)  # left padding: all answers start in one column
-        mask = torch.arange(length) >= torch.tensor([[length - len(prompt)] for prompt in prompts])
+        ids, mask = self.left_padded(prompts)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         out = self.hf.generate(
-            input_ids=ids.to(pixels.device),
-            attention_mask=mask.long().to(pixels.device),
+            input_ids=ids,
+            attention_mask=mask.long(),
             pixel_values=(pixels - self.mean) / self.std,
             max_new_tokens=max_new_tokens,
             suppress_tokens=[self.image_id],  # a sampled image token would ask for an image that is not there
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.pad_id,
             **sampling,
-        )[:, length:]
+        )[:, ids.shape[1] :]
         ended = (out == self.tokenizer.eos_token_id).any(1).tolist()
-        return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)], ended
+        return self.texts(out), ended
+
+    def texts(self, answers):
+        """Answers as text, from their token ids."""
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+    def left_padded(self, prompts):
+        """R lists of token ids -> ids (R, P) and mask (R, P), padded on the left: all answers start in one column."""
+        length = max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (length - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.arange(length) >= torch.tensor([[length - len(prompt)] for prompt in prompts])
+        return ids.to(self.mean.device), mask.to(self.mean.device)
+
+    @torch.no_grad()
+    def sample(self, pixels, prompts, uniform):
+        """
+        G answers to each of N questions at temperature 1: a prompt is prefilled once, then its cache repeated G times.
+
+        pixels    (N, 3, H, W) in [0, 1];   prompts  N lists of token ids (data.encode_prompt)
+        uniform   (N, G, T) float64 in [0, 1): the numbers that pick the tokens. They come from the caller, so that an
+                  answer depends on its question and a seed, not on the batch or the process that it was drawn in
+        returns   N * G lists of at most T token ids, the G of a question together, with the end-of-sequence token where
+                  it was reached; and their log-probabilities, lists of float32 nats, as `logps` gives them
+        """
+        group, limit = uniform.shape[1:]
+        uniform, eos = uniform.flatten(0, 1).to(pixels.device), self.tokenizer.eos_token_id
+        ids, mask = self.left_padded(prompts)
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.hf.config.text_config)
+
+        def read(embeds):  # -> (rows, E): the state that predicts the next token
+            out = self.hf.model.language_model(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+            )
+            return out.last_hidden_state[:, -1]
+
+        hidden = read(self.embed(ids, self.vision(pixels))).repeat_interleave(group, 0)  # (N * G, E)
+        cache.batch_repeat_interleave(group)
+        mask, position = mask.repeat_interleave(group, 0), position[:, -1:].repeat_interleave(group, 0)
+        tokens, logps = [], []
+        ended = torch.zeros(len(hidden), dtype=torch.bool, device=pixels.device)
+        for t in range(limit):
+            logp = self.hf.lm_head(hidden).float().log_softmax(-1)  # (N * G, V)
+            share = logp.double().exp()
+            share[:, self.image_id] = 0  # a sampled image token would ask for an image that is not there
+            reached = share.cumsum(1)
+            token = torch.searchsorted(reached, uniform[:, t : t + 1] * reached[:, -1:], right=True)
+            token = token.clamp(max=logp.shape[1] - 1)  # (N * G, 1)
+            tokens.append(token)
+            logps.append(logp.gather(1, token))
+            ended |= token[:, 0] == eos
+            if t + 1 == limit or ended.all():
+                break
+            mask, position = F.pad(mask, (0, 1), value=True), position + 1
+            hidden = read(self.hf.get_input_embeddings()(token))
+        tokens, logps = torch.cat(tokens, 1).tolist(), torch.cat(logps, 1).tolist()
+        lengths = [answer.index(eos) + 1 if eos in answer else len(answer) for answer in tokens]
+        return [a[:n] for a, n in zip(tokens, lengths, strict=True)], [
+            a[:n] for a, n in zip(logps, lengths, strict=True)
+        ]
 
 
 def to_pixels(image, size):
@@ -140,6 +196,11 @@ def to_pixels(image, size):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
+def load_pixels(policy, folder, names):
+    """The images `names` of a data folder as the policy's vision tower takes them: (R, 3, H, W) float32 in [0, 1]."""
+    return torch.stack([to_pixels(load_image(image_path(folder, name)), policy.image_size) for name in names])
+
+
 def pair_batch(policy, records, rows, folder, with_distorted=True):
     """
     B MFPO records as one data.Batch on the policy's device. Its answers are, record by record, chosen and rejected
@@ -148,8 +209,7 @@ def pair_batch(policy, records, rows, folder, with_distorted=True):
     rows   of each record: its two data.Row (data.mfpo_rows)
     """
     sides = ("image", "image_rejected") if with_distorted else ("image",)
-    paths = [image_path(folder, record[side]) for record in records for side in sides]
-    pixels = torch.stack([to_pixels(load_image(path), policy.image_size) for path in paths])  # (2B or B, 3, H, W)
+    pixels = load_pixels(policy, folder, [record[side] for record in records for side in sides])  # (2B or B, 3, H, W)
     return pack([row for pair in rows for row in pair[: len(sides)]], pixels, policy.pad_id).to(policy.mean.device)
 
 
@@ -197,6 +257,24 @@ def load(path, train_vision=False):
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(f"--model {path}: its files lack the weights {missing}, ... Fetch or export the model again")
     return Policy(hf, processor, train_vision)
+
+
+def fingerprint(policy, device, folder, records):
+    """
+    A name for everything that the reference log-probabilities depend on: weights, tokenizer, template, image
+    settings, records, image files, precision. If any of it changes, so does the name, and a stale cache is not found.
+    """
+    sha = hashlib.sha256()
+    for name, parameter in policy.named_parameters():
+        sha.update(name.encode() + parameter.detach().numpy().tobytes())
+    settings = [TEMPLATE, policy.mean.tolist(), policy.std.tolist(), device.type, policy.hf.config.to_dict()]
+    settings += [policy.tokenizer.backend_tokenizer.to_str(), records]
+    sha.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for record in records:
+        for field in ("image", "image_rejected"):
+            if field in record:
+                sha.update(image_path(folder, record[field]).read_bytes())
+    return sha.hexdigest()[:16]
 
 
 def hub_key(name):

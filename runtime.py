@@ -106,18 +106,23 @@ def write_jsonl(path, rows):
 # ------------------------------------------------------------------------------------------- process group
 
 
+def device():
+    """This rank's device."""
+    cuda = torch.cuda.is_available()
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+
+
 def start():
     """Join the process group (torchrun's, or a world of one) and return this rank's device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    mine = device()
+    if mine.type == "cuda":
+        torch.cuda.set_device(mine)
+    backend = "cpu:gloo,cuda:nccl" if mine.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device
+    return mine
 
 
 def rank():
@@ -151,6 +156,12 @@ def first_alone(work):
     return box[0]
 
 
+def barrier():
+    """Every rank waits here for the others."""
+    if world() > 1:
+        dist.barrier()
+
+
 def my_share(items):
     """This rank's items: every world-size-th."""
     return items[rank() :: world()]
@@ -164,7 +175,7 @@ def gather(mine):
     return [shares[i % world()][i // world()] for i in range(total)]
 
 
-def micro_batches(per_step, per_gpu):
+def micro_batches(per_step, per_gpu, name="pairs"):
     """
     How many forward passes make one optimizer step on each rank. ValueError names the nearest sizes that divide.
 
@@ -174,7 +185,7 @@ def micro_batches(per_step, per_gpu):
     if per_step % together:
         below = max(together, per_step // together * together)
         raise ValueError(
-            f"--pairs_per_step {per_step} does not divide into {world()} processes x --pairs_per_gpu {per_gpu}; "
+            f"--{name}_per_step {per_step} does not divide into {world()} processes x --{name}_per_gpu {per_gpu}; "
             f"the nearest sizes that do are {below} and {below + together}"
         )
     return per_step // together
@@ -201,16 +212,18 @@ def shard(policy, device):
 
 @contextmanager
 def summoned(policy):
-    """Hold all weights on every rank, so that ranks may generate answers of different lengths without waiting."""
+    """Hold all weights on every rank, so that ranks may answer at different lengths, or attack, without waiting."""
     modules = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
+        module.set_reshard_after_backward(False, recurse=False)  # attacks go backward in here
         module.unshard()
     try:
         yield
     finally:
         for module in modules:
             module.set_reshard_after_forward(module is not policy, recurse=False)
+            module.set_reshard_after_backward(True, recurse=False)
             module.reshard()
 
 

@@ -198,7 +198,7 @@ def yesno(kind):
 
 def closed_question(kind, objects, rng):
     """
-    A closed-ended question about a scene with `objects` [(colour, kind)] and its answer, both text.
+    A closed-ended question about a scene with `objects` [(colour, kind)], its answer and its choices, all text.
 
     kind   yesno (present or a random absent kind, half each) | choice (four options, one present) | number | word
     """
@@ -206,18 +206,18 @@ def closed_question(kind, objects, rng):
     absent = [k for k in KINDS if k not in present]
     if kind == "yesno":
         yes = rng.random() < 0.5
-        return yesno(rng.choice(present if yes else absent)), "Yes" if yes else "No"
+        return yesno(rng.choice(present if yes else absent)), "Yes" if yes else "No", []
     if kind == "choice":
         right = int(rng.integers(4))
         options = list(rng.permutation(absent)[:3])
         options.insert(right, rng.choice(present))
         text = " ".join(f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
-        return f"Which of these is in the picture? {text}", "ABCD"[right]
+        return f"Which of these is in the picture? {text}", "ABCD"[right], [str(option) for option in options]
     if kind == "number":
-        return "How many objects are in the picture?", str(len(objects))
+        return "How many objects are in the picture?", str(len(objects)), []
     if kind == "word":
         colour, name = objects[rng.integers(len(objects))]
-        return f"What colour is the {name}?", colour
+        return f"What colour is the {name}?", colour, list(COLOURS)
     raise ValueError(f"question kind {kind!r}: use yesno, choice, number or word")
 
 
@@ -373,7 +373,9 @@ def warm_up(seed, vision_steps=250, stages=STAGES, images=6000):
             for kind, share in kinds.items():
                 for _ in range(int(share) + (rng.random() < share % 1)):
                     pairs, question = seen[annotator][scene], described[scene]
-                    asked = (question, say(pairs, question)) if kind == "caption" else closed_question(kind, pairs, rng)
+                    asked = (
+                        (question, say(pairs, question)) if kind == "caption" else closed_question(kind, pairs, rng)[:2]
+                    )
                     turns.append(turn(*asked))
             rows.append(Row(opening, [ids for ids, _ in turns]))
             lengths += [length for _, length in turns]

@@ -8,7 +8,6 @@ reads    <data>/mfpo.jsonl and its images (format: data.py)
 writes   out/<run>/{config.json, metrics.jsonl, step_00050/, final/, eval.json}; continue with --resume out/<run>
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -86,30 +85,10 @@ class Config:
 
 def prepare_toy(folder, seed):
     """Build what the toy world in `folder` lacks: scenes, base model, records. Returns the base model's folder."""
-    build_data.build_toy(build_data.ToyConfig(out=str(folder), seed=seed))
-    base = str(folder / "base")
-    for source, name in (("preference", "mfpo"), ("val", "mfpo_val"), ("test", "mfpo_test")):
-        source, out = folder / f"{source}.jsonl", folder / f"{name}.jsonl"
-        if not out.is_file():
-            build_data.build_mfpo(build_data.MfpoConfig(source=str(source), out=str(out), model=base, seed=seed))
+    base, source, out = build_data.prepare_toy(folder, seed), folder / "preference.jsonl", folder / "mfpo.jsonl"
+    if not out.is_file():
+        build_data.build_mfpo(build_data.MfpoConfig(source=str(source), out=str(out), model=base, seed=seed))
     return base
-
-
-def fingerprint(policy, data_path, records, device):
-    """
-    A name for everything that the reference log-probabilities depend on: weights, tokenizer, template, image
-    settings, records, image files, precision. If any of it changes, so does the name, and a stale cache is not found.
-    """
-    sha = hashlib.sha256()
-    for name, parameter in policy.named_parameters():
-        sha.update(name.encode() + parameter.detach().numpy().tobytes())
-    settings = [model.TEMPLATE, policy.mean.tolist(), policy.std.tolist(), device.type, policy.hf.config.to_dict()]
-    settings += [policy.tokenizer.backend_tokenizer.to_str(), records]
-    sha.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for record in records:
-        for field in ("image", "image_rejected"):
-            sha.update(data.image_path(data_path.parent, record[field]).read_bytes())
-    return sha.hexdigest()[:16]
 
 
 def reference_pass(policy, records, rows, data_path, name, batch):
@@ -173,27 +152,26 @@ def main():
     data_path = folder if folder.suffix == ".jsonl" else folder / "mfpo.jsonl"
     folder, base = data_path.parent, config.model
     if base == "toy":
-        if config.resume and not data_path.is_file():
-            raise ValueError(f"{data_path}: no such file. Resume from the directory that the run was started in")
-        if folder.exists() and folder != Path("data/toy") and not (folder / "preference.jsonl").is_file():
-            raise ValueError(
-                f"--data {folder}: holds neither {data_path.name} nor the toy world. Build records there with "
-                f"build_data.py mfpo and name their --model, or build the toy world: build_data.py toy --out {folder}"
-            )
-        if data_path.name != "mfpo.jsonl" and not data_path.is_file():
-            raise ValueError(f"--data {data_path}: no such file. Build it with build_data.py mfpo --out {data_path}")
+        build_data.check_toy("mfpo", config, data_path)
         base = runtime.first_alone(lambda: prepare_toy(folder, config.seed))
     records = data.read_records(data_path, data.MFPO_FIELDS, config.skip_bad)
     policy = model.load(base, config.train_vision).train()
     records, rows = data.encode_records(
-        records, data_path, policy.tokenizer, model.TEMPLATE, policy.image_tokens, config.max_length, config.skip_bad
+        data.mfpo_rows,
+        records,
+        data_path,
+        policy.tokenizer,
+        model.TEMPLATE,
+        policy.image_tokens,
+        config.max_length,
+        config.skip_bad,
     )
     steps, left = divmod(len(records) * config.epochs, config.pairs_per_step)
     if steps == 0:
         raise ValueError(
             f"{data_path}: {len(records)} records make no step of --pairs_per_step {config.pairs_per_step}. Lower it"
         )
-    reference = runtime.first_alone(lambda: fingerprint(policy, data_path, records, device))
+    reference = runtime.first_alone(lambda: model.fingerprint(policy, device, folder, records))
     policy = runtime.shard(policy, device)
     ref_logp, entropy = reference_pass(policy, records, rows, data_path, reference, config.pairs_per_gpu)
     measured = {}

@@ -81,3 +81,100 @@ def test_information_gain_is_a_mean_over_answer_tokens_only():
     mask = torch.tensor([[True, True, False], [True, True, True]])
     gain = losses.information_gain(with_image, blank, mask)
     assert gain.tolist() == pytest.approx([((3 - 1) + (3 - 2)) / 2, (0.5 + 1.0 + 1.5) / 3])
+
+
+# ------------------------------------------------------------------------------------------------------- GRPO
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[2.0, 0.0], [1.5, 1.5]])
+    assert losses.group_advantages(rewards).flatten().tolist() == pytest.approx([1 / 1.0001, -1 / 1.0001, 0.0, 0.0])
+    group = [1.5, 0.5, 0.0, 1.0]
+    mean = sum(group) / 4
+    std = (sum((r - mean) ** 2 for r in group) / 4) ** 0.5  # over n, not n - 1
+    found = losses.group_advantages(torch.tensor([group]))[0].tolist()
+    assert found == pytest.approx([(r - mean) / (std + 1e-4) for r in group], rel=1e-5)
+
+
+def test_a_group_of_equal_rewards_has_no_advantage_at_all():
+    tenths = torch.full((1, 3), 0.1)  # their float32 mean is not 0.1
+    assert losses.group_advantages(tenths).tolist() == [[0.0, 0.0, 0.0]]
+    nearly = losses.group_advantages(torch.tensor([[0.1, 0.1, 0.2]]))
+    assert nearly.abs().min() > 0.5
+
+
+@pytest.mark.parametrize("d", [-2.0, -1e-4, 0.0, 1e-4, 0.5, 3.0])
+def test_k3_and_its_gradient(d):
+    logp = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    k3 = losses.kl_k3(logp, logp.detach() + d)
+    k3.sum().backward()
+    assert k3.item() == pytest.approx(math.exp(d) - d - 1, abs=1e-15) and k3.item() >= 0
+    assert logp.grad.item() == pytest.approx(1 - math.exp(d), abs=1e-12)
+
+
+def test_k3_averages_to_the_true_kl():
+    p, q = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]], dtype=torch.float64)
+    true = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
+    assert (p * losses.kl_k3(p.log(), q.log())).sum().item() == pytest.approx(true, rel=1e-9)
+
+
+GRPO_CASES = [  # logp, old, ref, advantage, one token each: on both sides of the clip, with either sign
+    (-1.0, -1.0, -1.0, 1.0),
+    (-1.0, -1.0, -1.5, -1.0),
+    (-0.5, -1.0, -0.7, 1.0),  # ratio 1.65, clipped: no gradient but the KL's
+    (-0.5, -1.0, -0.7, -1.0),  # ratio 1.65, not clipped: a wrong answer that became likelier is pushed down in full
+    (-1.5, -1.0, -0.7, 1.0),  # ratio 0.61, not clipped
+    (-1.5, -1.0, -0.7, -1.0),  # ratio 0.61, clipped
+    (-1.1, -1.0, -2.0, 0.7),
+]
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.04])
+@pytest.mark.parametrize(("logp", "old", "ref", "advantage"), GRPO_CASES)
+def test_grpo_of_one_token_and_its_gradient(logp, old, ref, advantage, kl):
+    e, token_logp = 0.2, torch.tensor([[logp]], requires_grad=True)
+    tensors = torch.tensor([[old]]), torch.tensor([[ref]]), torch.tensor([advantage]), torch.tensor([[True]])
+    loss, clipped, k3 = losses.grpo_loss(token_logp, *tensors, e, kl)
+    loss.sum().backward()
+    ratio = math.exp(logp - old)
+    is_clipped = ratio > 1 + e if advantage > 0 else ratio < 1 - e
+    bounded = (1 + e if advantage > 0 else 1 - e) if is_clipped else ratio
+    by_hand = -(bounded * advantage) + kl * (math.exp(ref - logp) - (ref - logp) - 1)
+    gradient = -(0.0 if is_clipped else ratio * advantage) + kl * (1 - math.exp(ref - logp))
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5, abs=1e-7)
+    assert token_logp.grad.item() == pytest.approx(gradient, rel=1e-5, abs=1e-7)
+    assert clipped.item() == float(is_clipped) and not clipped.requires_grad and not k3.requires_grad
+    assert k3.item() == pytest.approx(math.exp(ref - logp) - (ref - logp) - 1, rel=1e-4)
+
+
+def grpo_batch(seed=0):
+    """Four answers of unequal length, ratios on both sides of the clip, rubbish where the mask is False."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.arange(5) < torch.tensor([[5], [2], [3], [1]])
+    token_logp = -2 * torch.rand(4, 5, generator=g)
+    old, ref = (token_logp + 0.4 * torch.randn(4, 5, generator=g) for _ in range(2))
+    return token_logp, old, ref, torch.tensor([1.2, -0.8, 0.5, -1.5]), mask
+
+
+def test_grpo_is_a_mean_over_the_tokens_of_each_answer():
+    token_logp, old, ref, advantage, mask = grpo_batch()
+    loss, clipped, k3 = losses.grpo_loss(token_logp, old, ref, advantage, mask, 0.2, 0.04)
+    for i, length in enumerate([5, 2, 3, 1]):
+        cut = slice(i, i + 1), slice(0, length)
+        tokens = [
+            [v.item() for v in losses.grpo_loss(*(x[cut][:, t : t + 1] for x in (token_logp, old, ref)),
+                                                advantage[i : i + 1], torch.tensor([[True]]), 0.2, 0.04)]
+            for t in range(length)
+        ]  # fmt: skip
+        by_hand = [sum(column) / length for column in zip(*tokens, strict=True)]
+        assert [loss[i].item(), clipped[i].item(), k3[i].item()] == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
+
+
+def test_one_update_per_rollout_starts_at_minus_the_advantage():
+    token_logp, _, _, advantage, mask = grpo_batch()
+    same = token_logp.detach().clone()
+    loss, clipped, k3 = losses.grpo_loss(token_logp.requires_grad_(), same, same, advantage, mask, 0.2, 0.04)
+    loss.sum().backward()
+    assert torch.allclose(loss, -advantage) and clipped.sum() == 0 and k3.sum() == 0
+    by_hand = torch.where(mask, -advantage[:, None] / mask.sum(1, keepdim=True), 0.0)  # d rho = d logp where rho = 1
+    assert torch.allclose(token_logp.grad, by_hand)

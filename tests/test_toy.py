@@ -64,7 +64,7 @@ def test_closed_questions_have_the_right_answer(kind):
     for _, objects, _ in toy.scenes("val", 100, 0):
         pairs = toy.pairs_of(objects)
         colours, present = {k: c for c, k in pairs}, {k for _, k in pairs}
-        question, answer = toy.closed_question(kind, pairs, rng)
+        question, answer, choices = toy.closed_question(kind, pairs, rng)
         words = question.replace("?", " ").replace(".", " ").split()
         if kind == "yesno":
             assert answer == ("Yes" if words[3] in present else "No")
