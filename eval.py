@@ -3,7 +3,7 @@ Checkpoint in, table out.
 
     python eval.py --model out/mfpo-1/final --base data/toy/base --data data/toy
     python eval.py --runs out/mfpo_ablation             a table over finished runs, mean and interval over seeds
-    python eval.py --mined data/toy-0 data/toy-1        what attacks made the base models say (runs/mbpo_attack.sh)
+    python eval.py --mined data/toy-0,data/toy-1        what attacks made the base models say (runs/mbpo_attack.sh)
 
 reads    <data>/<split>.jsonl, scenes with objects, a question and yes/no questions; <data>/mfpo_<split>.jsonl, pairs;
          <data>/closed_<split>.jsonl, closed-ended questions
@@ -358,10 +358,21 @@ def samples_text(measured, count=4):
 
 SHORT = {  # column of the table over runs -> metric
     "CHAIR_s": "chair_s", "CHAIR_i": "chair_i", "recall": "recall", "obj. F1": "object_f1", "exact": "exact",
-    "y/n rand.": "pope_random", "y/n adv.": "pope_adversarial", "text margin": "text_margin",
-    "image margin": "image_margin", "chosen": "chosen_shift", "fairness": "fairness",
+    "y/n rand.": "pope_random", "y/n adv.": "pope_adversarial", "y/n adv. F1": "pope_adversarial_f1",
+    "closed": "closed", "info gain": "information_gain", "text margin": "text_margin", "image margin": "image_margin",
+    "chosen": "chosen_shift", "fairness": "fairness",
 }  # fmt: skip
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %, n - 1
+
+
+def mean_text(values, digits):
+    """Mean over seeds with its 95 % interval by Student's t; undefined if one of them is."""
+    if None in values:
+        return "undefined"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    half = STUDENT[min(len(values), 10)] * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def runs_text(folder):
@@ -386,18 +397,73 @@ def runs_text(folder):
     for name, by_seed in found.items():
         cells = []
         for key in SHORT.values():
-            values = [summary[key] for summary in by_seed.values()]
-            if None in values:
-                cells.append("undefined")
-                continue
-            digits = 3 if key not in ("text_margin", "image_margin", "chosen_shift") else 2
-            spread = ""
-            if len(values) > 1:
-                half = STUDENT[min(len(values), 10)] * np.std(values, ddof=1) / len(values) ** 0.5
-                spread = f" ± {half:.{digits}f}"
-            cells.append(f"{np.mean(values):.{digits}f}{spread}")
+            digits = 2 if key in ("text_margin", "image_margin", "chosen_shift", "information_gain") else 3
+            cells.append(mean_text([summary.get(key) for summary in by_seed.values()], digits))
         lines.append(f"| {name} | {len(by_seed)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+MINED = {  # column of the table over attacks -> value
+    "names an absent object": "chair_s", "adds one": "adds", "absent objects an answer": "absent", "recall": "recall",
+    "object F1": "object_f1", "fall of the true answer": "fall", "kept": "kept",
+}  # fmt: skip
+
+
+def mined_values(truths, answers, clean):
+    """
+    What answers name that is not there and that is; what is there is what the true captions name.
+
+    returns  CHAIR_s, recall and object F1; `absent`: kinds named wrongly, a mean over answers; `adds`: the share of
+             answers that name an absent kind which the same model's answer to the clean image does not name
+    """
+    there, said, before = (
+        [{kind for _, kind in toy.mentions(text)} for text in texts] for texts in (truths, answers, clean)
+    )
+    rows = [caption_counts(answer, toy.mentions(truth)) for truth, answer in zip(truths, answers, strict=True)]
+    sums = {name: sum(row[name] for row in rows) for name in rows[0]}
+    wrong = [b - a for a, b in zip(there, said, strict=True)]
+    return {name: METRICS[name](sums) for name in ("chair_s", "recall", "object_f1")} | {
+        "absent": float(np.mean([len(kinds) for kinds in wrong])),
+        "adds": float(np.mean([bool(kinds - old) for kinds, old in zip(wrong, before, strict=True)])),
+    }
+
+
+def mined_text(folders, device):
+    """
+    A Markdown table of what attacks made the base models say: <folder>/attack_*.jsonl, written by build_data.py mbpo,
+    a folder a seed, beside the same models' answers to the clean images. Dropped answers count too.
+    """
+    found = {}  # (attack, eps) -> values of each folder
+    for folder in map(Path, folders):
+        others = ("_dropped", "_closed")
+        files = [path for path in sorted(folder.glob("attack_*.jsonl")) if not path.stem.endswith(others)]
+        if not files:
+            raise ValueError(f"--mined {folder}: no attack_*.jsonl in it. Mine some: bash runs/mbpo_attack.sh")
+        clean = {}
+        for path in files:
+            kept, dropped = (
+                [line for _, line in data.read_jsonl(path.with_stem(path.stem + suffix))] for suffix in ("", "_dropped")
+            )
+            lines = sorted(kept + dropped, key=lambda line: line["id"])
+            truths = [line["chosen"] for line in lines]
+            if not clean:
+                policy = runtime.shard(model.load(str(folder / "base")), device).eval()
+                pixels = model.load_pixels(policy, folder, [line["image"] for line in lines])
+                said = answer_all(policy, pixels, [(i, line["question"]) for i, line in enumerate(lines)], 60, "clean")
+                clean = dict(zip((line["id"] for line in lines), said, strict=True))
+                found.setdefault(("none", 0.0), []).append(mined_values(truths, said, said))
+            if set(clean) != {line["id"] for line in lines}:
+                raise ValueError(f"{path}: other records than {files[0]}. Mine both from one source with --iig_keep 1")
+            values = mined_values(truths, [line["rejected"] for line in lines], list(clean.values()))
+            values["fall"] = float(np.mean([line["fall"] for line in lines]))
+            values["kept"] = len(kept) / len(lines)
+            attack = lines[0]["attack"]
+            found.setdefault((attack["kind"], attack["eps"] * 255), []).append(values)
+    table = ["| attack | eps x 255 | " + " | ".join(MINED) + " |", "|---" * (len(MINED) + 2) + "|"]
+    for (kind, eps), values in sorted(found.items()):
+        cells = [mean_text([v[key] for v in values], 3) if key in values[0] else "" for key in MINED.values()]
+        table.append(f"| {kind} | {eps:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(table)
 
 
 @dataclass
@@ -408,6 +474,7 @@ class Config:
     split: str = knob("test", "val | test; tune on val only")
     json: str = knob("", "also write the numbers here")
     runs: str = knob("", "instead: the table over the runs <name>-<seed> in this folder, mean and interval over seeds")
+    mined: str = knob("", "instead: the table over attack_*.jsonl in these toy folders, separated by commas")
 
     def __post_init__(self):
         if self.split not in ("val", "test"):
@@ -422,6 +489,9 @@ def main():
     if config.json and not Path(config.json).parent.is_dir():
         raise ValueError(f"--json {config.json}: no folder {Path(config.json).parent}. Make it, or name another file")
     device = runtime.start()
+    if config.mined:
+        runtime.say(mined_text(config.mined.split(","), device))
+        return
     measured = {}
     for name, path in (("base", config.base), ("final", config.model)):
         runtime.say(f"{name}: {path}")

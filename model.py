@@ -117,6 +117,7 @@ class Policy(nn.Module):
             suppress_tokens=[self.image_id],  # a sampled image token would ask for an image that is not there
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.pad_id,
+            synced_gpus=False,  # else each rank would wait, token by token, for ranks that have fewer batches
             **sampling,
         )[:, ids.shape[1] :]
         ended = (out == self.tokenizer.eos_token_id).any(1).tolist()
