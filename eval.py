@@ -71,7 +71,7 @@ def closed_answer(text, question):
         words = set(plain(text).split())
         found = [word for word, signs in (("Yes", {"yes"}), ("No", {"no", "not"})) if words & signs]
     elif kind == "choice":
-        found = re.findall(r"^\(?([A-Z])\)?(?:[.):,]|$)", text.strip())
+        found = re.findall(r"^\(?([A-Z])\)?(?:[.):]|$)", text.strip())
         found = found or re.findall(r"(?i:the answer is) \(?([A-Z])\b", text)
         found = found or [data.LETTERS[i] for i, option in enumerate(choices) if plain(option) == plain(text)]
         found = [letter for letter in found if letter in data.LETTERS[: len(choices)]]

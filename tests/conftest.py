@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,36 @@ sys.path.insert(0, str(ROOT))
 # The number of threads changes the order of sums, so bits: exactness tests need one.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def run_here(monkeypatch, script, *args):
+    """A script's command line in this process (saves the imports). Returns its exit code."""
+    import runtime
+
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
+    try:
+        runtime.run(script.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def refused(monkeypatch, capsys, script, *args):
+    """Run, and return the message of a refusal: exit code 2, no traceback."""
+    assert run_here(monkeypatch, script, *args) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told and "error: " in told
+    return told.split("error: ")[-1]
+
+
+def command(script, *args, processes=0):
+    """The same command line for a process of its own, or several under torchrun."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*(launch if processes else [sys.executable]), str(ROOT / f"{script.__name__}.py"), *map(str, args)]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +66,21 @@ def world(tmp_path_factory):
     build_data.build_toy(build_data.ToyConfig(out=str(folder), preference=25, heldout=13))
     train_mfpo.prepare_toy(folder, 0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def mined(world):
+    """MBPO records in that world: a weak attack, every answer of the barely trained model, 60 questions."""
+    import build_data
+
+    config = build_data.MbpoConfig(
+        source=str(world / "preference.jsonl"),
+        model=str(world / "base"),
+        out=str(world / "mbpo.jsonl"),
+        iig_keep=0.8,
+        steps=2,
+        questions=60,
+        batch=8,
+    )
+    build_data.build_mbpo(config)
+    return world

@@ -1,14 +1,20 @@
-"""Noise schedule, distortion, regions, keywords and the records they end in."""
+"""Noise, regions, keywords and the records of MFPO; attacks, mining and the questions of MBPO."""
 
 import json
 import math
+import signal
+import subprocess
+import time
 
 import numpy as np
 import pytest
+import torch
+from conftest import command, refused, run_here
 from PIL import Image
 
 import build_data
 import data
+import model
 import toy
 
 MEAN, STD = np.array([0.48, 0.46, 0.41]), np.array([0.27, 0.26, 0.28])
@@ -173,3 +179,252 @@ def test_a_contact_sheet_is_drawn(world, tmp_path):
     build_data.draw_sheet(rows, world, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape[0] > 3 * 192 and np.ptp(sheet) > 200
+
+
+# ----------------------------------------------------------------------------------------------------- MBPO
+
+
+@pytest.fixture(scope="module")
+def attacked(policy):
+    """Three scenes, their rows, noise to start from: what an attack needs."""
+    policy.requires_grad_(False)
+    scenes = list(toy.scenes("val", 3, 0))
+    pixels = torch.stack([model.to_pixels(Image.fromarray(image), 64) for image, _, _ in scenes])
+    question, rows = "Describe the picture.", []
+    for _, objects, _ in scenes:
+        record = {"id": "x", "question": question, "chosen": toy.say(toy.pairs_of(objects), question)}
+        rows.append(data.chosen_row(record, policy.tokenizer, model.TEMPLATE, policy.image_tokens, 999))
+    noise = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, pixels.shape)).float()
+    yield rows, pixels, noise
+    policy.requires_grad_(True)
+
+
+@pytest.mark.parametrize("eps", [1 / 255, 4 / 255, 5.7 / 255])
+@pytest.mark.parametrize("kind", ["pgd", "random"])
+def test_an_attack_stays_in_the_ball_after_rounding(policy, attacked, kind, eps):
+    rows, pixels, noise = attacked
+    out = build_data.attack_images(policy, rows, pixels, noise, kind, eps, 1 / 255, 3)
+    assert (out - pixels).abs().max() <= eps + 1e-6 and out.min() >= 0 and out.max() <= 1
+    levels = (out * 255).numpy()
+    assert np.abs(levels - levels.round()).max() < 1e-4  # on the 8-bit grid: what is saved is what was attacked
+    assert ((out - pixels).abs() * 255).max() >= math.floor(eps * 255) - 1e-3  # and the ball is used
+    assert all(p.grad is None for p in policy.parameters())
+
+
+def test_an_attack_lowers_the_chosen_answer_and_noise_does_not(policy, attacked):
+    rows, pixels, noise = attacked
+    _, clean = build_data.image_gain(policy, rows, pixels)
+    falls = {}
+    for kind in ("pgd", "random"):
+        out = build_data.attack_images(policy, rows, pixels, noise, kind, 4 / 255, 1 / 255, 10)
+        falls[kind] = clean - build_data.image_gain(policy, rows, out)[1]
+    assert (falls["pgd"] > 0).all() and (falls["pgd"] > 5 * falls["random"].abs()).all()
+
+
+def test_the_step_of_the_attack_goes_downhill_by_finite_differences(policy, attacked):
+    rows, pixels, noise = attacked
+    inside = pixels.clamp(0.1, 0.9).mul(255).round().div(255)  # so that no pixel is held by [0, 1]
+    step = build_data.attack_images(policy, rows, inside, torch.zeros_like(noise), "pgd", 1 / 255, 1 / 255, 1) - inside
+
+    def logp(images):  # mean over each answer's tokens, (3,)
+        return build_data.image_gain(policy, rows, images)[1]
+
+    down, here, up = logp(inside + 0.2 * step), logp(inside), logp(inside - 0.2 * step)
+    assert (down < here).all() and (here < up).all()
+    assert torch.allclose(here - down, up - here, rtol=0.2)  # a slope, not chance
+
+
+@pytest.mark.parametrize(
+    ("mined", "chosen", "ended", "reason"),
+    [
+        ("A red cup and a blue spoon.", "A red cup.", True, ""),
+        ("a red  cup", "A red cup.", True, "equal"),
+        ("", "A red cup.", True, "empty"),
+        (" . ", "A red cup.", True, "empty"),
+        ("A red cup and a", "A red cup.", False, "too long"),
+        ("A cup cup cup.", "A red cup.", True, "loop"),
+        ("I see a cup, a pen, a cup, a pen, a cup, a pen.", "A red cup.", False, "loop"),
+        ("A cup, a pen, a cup, a pen.", "A red cup.", True, ""),
+        ("I'm sorry, I cannot see the image.", "A red cup.", True, "refusal"),
+        ("As an AI, I look at pixels.", "A red cup.", True, "refusal"),
+        ("I can see a red pen.", "A red cup.", True, ""),
+    ],
+)
+def test_what_is_dropped(mined, chosen, ended, reason):
+    assert build_data.why_drop(mined, chosen, ended) == reason
+
+
+def test_gain_is_what_separate_forwards_say(policy, attacked):
+    rows, pixels, _ = attacked
+    gain, logp = build_data.image_gain(policy, rows, pixels)
+    grey = policy.mean.expand(1, 3, 64, 64)
+    with torch.no_grad():
+        alone = [policy.logps(data.pack(rows[1:2], p, policy.pad_id)).sum().item() for p in (pixels[1:2], grey)]
+    count = len(rows[1].answers[0])
+    assert gain[1].item() == pytest.approx((alone[0] - alone[1]) / count, abs=1e-5)
+    assert logp[1].item() == pytest.approx(alone[0] / count, abs=1e-5)
+
+
+def test_mined_records_say_how_they_were_made(mined):
+    records = data.read_records(mined / "mbpo.jsonl", data.MBPO_FIELDS)
+    dropped = [line for _, line in data.read_jsonl(mined / "mbpo_dropped.jsonl")]
+    assert len(records) + len(dropped) == 20  # 0.8 of 25
+    source = [record for _, record in data.read_jsonl(mined / "preference.jsonl")]
+    gains = {r["id"]: r["iig"] for r in records + dropped}
+    assert set(gains) < {r["id"] for r in source} and len(gains) == 20
+    for record in records + dropped:
+        assert record["attack"] == {"kind": "pgd", "eps": 0.015686, "alpha": 0.003922, "steps": 2}
+        before, after = (
+            np.asarray(data.load_image(mined / record[name])).astype(int) for name in ("image", "image_attacked")
+        )
+        assert 0 < np.abs(after - before).max() <= 4
+        assert bool(record.get("dropped")) == (record in dropped)
+    assert not (mined / "mbpo.parts").exists()
+
+
+def test_only_the_records_with_most_gain_are_kept(mined):
+    kept = [line for name in ("mbpo", "mbpo_dropped") for _, line in data.read_jsonl(mined / f"{name}.jsonl")]
+    policy = model.load(mined / "base").eval()
+    source = [record for _, record in data.read_jsonl(mined / "preference.jsonl")]
+    rows = [data.chosen_row(r, policy.tokenizer, model.TEMPLATE, policy.image_tokens, 999) for r in source]
+    gains = build_data.image_gain(policy, rows, model.load_pixels(policy, mined, [r["image"] for r in source]))[0]
+    best = sorted(zip(gains.tolist(), (r["id"] for r in source), strict=True))[5:]
+    assert {name for _, name in best} == {line["id"] for line in kept}
+
+
+def test_closed_questions_are_true_and_balanced(mined):
+    questions = data.read_records(mined / "mbpo_closed.jsonl", data.QUESTION_FIELDS)
+    scenes = {record["id"]: record for _, record in data.read_jsonl(mined / "preference.jsonl")}
+    assert len(questions) == 60
+    kinds = [q["kind"] for q in questions]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"yesno": 30, "choice": 12, "number": 9, "word": 9}
+    partners = []
+    for q in questions:
+        objects = {o["word"]: o["colour"] for o in scenes[q["about"]]["objects"]}
+        asked = q["question"].rstrip("?").split()
+        truth = {
+            "yesno": lambda o=objects, a=asked: "Yes" if a[3] in o else "No",
+            "choice": lambda o=objects, q=q: "ABCD"[[c in o for c in q["choices"]].index(True)],
+            "number": lambda o=objects: str(len(o)),
+            "word": lambda o=objects, a=asked: o[a[-1]],
+        }[q["kind"]]()
+        assert q["answer"] == truth, q
+        if q["kind"] == "yesno" and any(toy.PARTNER.get(kind) == asked[3] for kind in objects):
+            partners.append(q["answer"])
+    assert (
+        len(partners) >= 21 and abs(partners.count("Yes") - partners.count("No")) <= 9
+    )  # 21 by design, others by chance
+
+
+def build_args(world, out, *more):
+    args = ["mbpo", "--source", world / "preference.jsonl", "--model", world / "base", "--out", world / out]
+    return [*args, "--batch", 4, "--steps", 2, "--questions", 20, "--iig_keep", 0.8, "--max_new_tokens", 30, *more]
+
+
+def all_files(world, stem):
+    """Every byte that a build has written, under names without its stem."""
+    found = {}
+    for path in sorted(
+        [*world.glob(f"{stem}.jsonl"), *world.glob(f"{stem}_*.jsonl"), *world.glob(f"{stem}_attacked/*")]
+    ):
+        name = str(path.relative_to(world)).replace(stem, "")
+        found[name] = path.read_bytes().replace(stem.encode(), b"") if path.suffix == ".jsonl" else path.read_bytes()
+    return found
+
+
+def test_one_process_two_processes_and_a_killed_build_give_the_same_files(world, monkeypatch):
+    run_here(monkeypatch, build_data, *build_args(world, "straight.jsonl"))
+    straight = all_files(world, "straight")
+    assert len(straight) == 3 + 20
+    # Five parts of the attack on two processes: unequal shares, with answers of unequal length.
+    two = subprocess.run(
+        command(build_data, *build_args(world, "two.jsonl"), processes=2), capture_output=True, text=True, timeout=120
+    )
+    assert all_files(world, "two") == straight, two.stderr
+    parts = world / "killed.parts"
+    process = subprocess.Popen(
+        command(build_data, *build_args(world, "killed.jsonl")), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 60
+    while not (parts / "attack_000000.jsonl").is_file() and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert parts.is_dir() and not (world / "killed.jsonl").exists(), "the build ended before it was killed"
+    done = {path: path.stat().st_mtime_ns for path in parts.glob("*_0*.jsonl")}
+    assert len(done) >= 8
+    # What is done is not done again: a part that is there is believed, so a mark put into one is found in the end.
+    marked = parts / "attack_000000.jsonl"
+    marked.write_text(marked.read_text().replace('"source": "toy"', '"source": "mark"'))
+    run_here(monkeypatch, build_data, *build_args(world, "killed.jsonl"))
+    found = all_files(world, "killed")
+    assert sum(text.count(b'"source": "mark"') for text in found.values()) == 4
+    assert {name: text.replace(b'"mark"', b'"toy"') for name, text in found.items()} == straight
+
+
+def test_an_unfinished_build_with_other_settings_is_not_mixed(world, monkeypatch, capsys):
+    parts = world / "other.parts"
+    parts.mkdir()
+    (parts / "settings.json").write_text(json.dumps({"eps": "8/255"}))
+    told = refused(monkeypatch, capsys, build_data, *build_args(world, "other.jsonl"))
+    assert "other.parts: an unfinished build with" in told and "--eps 8/255" in told and "delete that folder" in told
+    assert not (world / "other.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--eps", "0"], "--eps 0: must lie in (0, 1]"),
+        (["--eps", "4"], "a common size is 4/255"),
+        (["--eps", "four"], "--eps four: not a number"),
+        (["--eps", "1/0"], "--eps 1/0: not a number"),
+        (["--eps", "0.001"], "vanishes when the image is rounded"),
+        (["--alpha=-1/255"], "--alpha -1/255: must lie"),
+        (["--attack", "fgsm"], "use pgd or random"),
+        (["--iig_keep", "0"], "a share in (0, 1]"),
+        (["--iig_keep", "1.5"], "a share in (0, 1]"),
+        (["--steps", "0"], "--steps must be positive"),
+        (["--sheet", "nowhere/x.png"], "lie in a folder that exists"),
+        (["--out", "elsewhere/x.jsonl"], "must lie beside --source"),
+        (["--source", "nowhere.jsonl"], "must lie beside --source"),
+        (["--max_length", "20"], "--max_length is 20"),
+    ],
+)
+def test_mistakes_of_mbpo_on_the_command_line(world, monkeypatch, capsys, args, message):
+    before = sorted(world.rglob("*"))
+    assert message in refused(monkeypatch, capsys, build_data, *build_args(world, "bad.jsonl", *args))
+    assert sorted(world.rglob("*")) == before, "something was left behind"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chosen": None}, "field 'chosen' must be str"),
+        ({"image": "none.png"}, "no such image"),
+        ({"image": "preference.jsonl"}, "cannot be read as an image"),
+    ],
+)
+def test_mistakes_in_the_source_of_mbpo(world, monkeypatch, capsys, change, message):
+    lines = (world / "preference.jsonl").read_text().splitlines()
+    (world / "spoilt.jsonl").write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | change)]))
+    told = refused(monkeypatch, capsys, build_data, *build_args(world, "bad.jsonl", "--source", world / "spoilt.jsonl"))
+    assert message in told and "spoilt.jsonl, line 2" in told
+    lines = [json.loads(line) for line in lines[:2]]
+    del lines[1]["chosen"]
+    (world / "spoilt.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    told = refused(monkeypatch, capsys, build_data, *build_args(world, "bad.jsonl", "--source", world / "spoilt.jsonl"))
+    assert "field 'chosen' is missing" in told
+    (world / "spoilt.jsonl").unlink()
+
+
+def test_a_sheet_of_attacks_is_drawn_with_the_invented_words_in_red(mined, tmp_path):
+    rows = data.read_records(mined / "mbpo.jsonl", data.MBPO_FIELDS)[:2]
+    rows[0]["rejected"] = rows[0]["chosen"]
+    rows[1]["rejected"] = "The picture shows a rocket."
+    build_data.draw_attacks(rows, mined, tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    text = sheet[:, 3 * 202 + 15 :]
+    red = (text[..., 0] > 200) & (text[..., 1] < 80) & (text[..., 2] < 80)
+    assert not red[:202].any() and red[202:].any()
+    grey = sheet[15:190, 2 * 202 + 15 : 2 * 202 + 190]
+    assert 100 < grey.mean() < 156 and np.ptp(grey) <= 2 * 4 * 20  # the difference, magnified around grey

@@ -71,6 +71,8 @@ def measured(captions, scores):
         "scenes": scenes,
         "captions": captions,
         "answers": ["Yes", "Yes"] * len(captions),
+        "closed": [{"kind": "number", "answer": "2", "scene": 0}, {"kind": "yesno", "answer": "No", "scene": 1}],
+        "closed_answers": ["2", "I think not."],
         "scores": dict(zip(names, np.array(scores, float).T, strict=True)),
     }
 
@@ -81,6 +83,8 @@ def test_summary_of_two_models():
     summary = eval.summarise(final, base)
     assert summary["chair_s"] == 0 and summary["recall"] == 1 and summary["exact"] == 1
     assert summary["pope_random"] == 1 and summary["pope_adversarial"] == 0
+    assert summary["closed"] == summary["closed_yesno"] == 1 and summary["closed_in_form"] == 0.5
+    assert summary["closed_choice"] is None
     # log-ratios: chosen +1, 0; rejected -2, -2; distorted 0, -1
     assert summary["text_margin"] == pytest.approx((3 + 2) / 2)
     assert summary["image_margin"] == pytest.approx((1 + 1) / 2)
@@ -95,3 +99,87 @@ def test_summary_of_two_models():
 
 def test_invented_words_are_marked():
     assert eval.marked("a red cup, a black spoon.", {"cup"}) == "a red cup, a black [spoon]."
+
+
+# ----------------------------------------------------------------------------------- closed-ended questions
+
+YESNO = {"kind": "yesno", "answer": "Yes"}
+CHOICE = {"kind": "choice", "answer": "B", "choices": ["cup", "red pen", "fork"]}
+NUMBER = {"kind": "number", "answer": "3"}
+COLOUR = {"kind": "word", "answer": "red", "choices": ["red", "green"]}
+WORD = {"kind": "word", "answer": "The Eiffel Tower"}
+
+
+@pytest.mark.parametrize(
+    ("question", "text", "said", "right", "form"),
+    [
+        (YESNO, "Yes", "Yes", True, True),
+        (YESNO, "yes.", "Yes", True, True),
+        (YESNO, "Yes, there is a cup.", "Yes", True, False),
+        (YESNO, "No", "No", False, True),
+        (YESNO, "There is not a cup.", "No", False, False),
+        (YESNO, "Yes and no", None, False, False),  # both: says nothing
+        (YESNO, "There is a cup.", None, False, False),
+        (YESNO, "nobody knows", None, False, False),
+        (YESNO, "", None, False, False),
+        (CHOICE, "B", "B", True, True),
+        (CHOICE, "(B)", "B", True, True),
+        (CHOICE, "B.", "B", True, True),
+        (CHOICE, "B. red pen", "B", True, False),
+        (CHOICE, "(A) cup", "A", False, False),
+        (CHOICE, "The answer is B", "B", True, False),
+        (CHOICE, "The answer is A or the answer is B", None, False, False),
+        (CHOICE, "The red pen.", "B", True, False),
+        (CHOICE, "A red pen", "B", True, False),  # the article is not the letter
+        (CHOICE, "D", None, False, False),  # there is no D
+        (CHOICE, "A, B, C", None, False, False),
+        (CHOICE, "cup fork", None, False, False),
+        (NUMBER, "3", "3", True, True),
+        (NUMBER, "There are 3.", "3", True, False),
+        (NUMBER, "03", "3", True, False),
+        (NUMBER, "3 or 4", None, False, False),
+        (NUMBER, "9" * 5000, "9" * 5000, False, True),
+        (NUMBER, "three", None, False, False),
+        (COLOUR, "red", "red", True, True),
+        (COLOUR, "Red.", "red", True, True),
+        (COLOUR, "It is red", "red", True, False),
+        (COLOUR, "red green", None, False, False),
+        (COLOUR, "reddish", None, False, False),
+        (WORD, "the eiffel tower", "eiffel tower", True, False),
+        (WORD, "Eiffel Tower", "eiffel tower", True, True),
+        (WORD, "tower", "tower", False, True),
+    ],
+)  # fmt: skip
+def test_answers_to_closed_ended_questions(question, text, said, right, form):
+    assert eval.closed_answer(text, question) == said
+    assert eval.is_right(text, question) is right and eval.in_form(text, question) is form
+
+
+@pytest.mark.parametrize("question", [YESNO, CHOICE, NUMBER, COLOUR, WORD])
+@pytest.mark.parametrize("text", ["\x00\ud800", "<image></s>", "(" * 3000, "\n", "²", "No" * 999])
+def test_no_text_breaks_the_rules(question, text):
+    assert not eval.is_right(text, question)
+
+
+def test_the_rules_give_full_marks_to_the_truth():
+    for question in (YESNO, CHOICE, NUMBER, COLOUR):
+        assert eval.is_right(question["answer"], question) and eval.in_form(question["answer"], question)
+
+
+def test_closed_ended_accuracy_is_pooled_over_kinds():
+    sums = {f"closed_{kind}_{n}": 0.0 for kind in ("yesno", "choice", "number", "word") for n in ("asked", "right")}
+    sums |= {"closed_yesno_asked": 6.0, "closed_yesno_right": 3.0, "closed_word_asked": 2.0, "closed_word_right": 2.0}
+    assert eval.METRICS["closed"](sums) == 5 / 8 and eval.METRICS["closed_yesno"](sums) == 0.5
+    assert math.isnan(eval.METRICS["closed_choice"](sums))
+    assert eval.METRICS["closed_in_form"](sums | {"closed_in_form": 4.0}) == 0.5
+
+
+def test_what_an_attack_adds_by_hand():
+    truths = ["I can see a red cup and a blue book."] * 2
+    clean = ["I can see a red cup and a red spoon.", "I can see a red cup and a blue book."]
+    mined = ["I can see a red cup, a red spoon and a red spoon.", "I can see a red pen, a red key and a blue book."]
+    values = eval.mined_values(truths, mined, clean)
+    # First: the spoon is wrong but was named before. Second: pen and key are wrong and new.
+    assert values["chair_s"] == 1.0 and values["adds"] == 0.5 and values["absent"] == 1.5
+    assert values["recall"] == 2 / 4
+    assert eval.mined_values(truths, clean, clean)["adds"] == 0

@@ -165,3 +165,70 @@ def test_damaged_models_are_refused(policy, tmp_path):
 def load_file_without(whole, folder, key):
     (folder / "whole.safetensors").write_bytes(whole)
     return {name: tensor for name, tensor in load_file(folder / "whole.safetensors").items() if name != key}
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+ASKED = ["Is there a cup in the picture?", QUESTION, "How many objects are in the picture?"]  # of unequal length
+
+
+def prompts_of(policy):
+    return [data.encode_prompt(policy.tokenizer, q, model.TEMPLATE, policy.image_tokens) for q in ASKED]
+
+
+def test_sampled_logps_equal_those_of_the_training_pass(policy, images):
+    pixels = torch.stack([model.to_pixels(image, 64) for image in images])
+    prompts, group = prompts_of(policy), 3
+    uniform = torch.from_numpy(np.random.default_rng(0).random((3, group, 9)))
+    uniform[0, 0, 2] = 0.0  # token 0, and answers that end early, by what the random weights give
+    answers, logps = policy.sample(pixels, prompts, uniform)
+    rows = [data.Row(prompt, answers[k * group : (k + 1) * group]) for k, prompt in enumerate(prompts)]
+    batch = data.pack(rows, pixels, policy.pad_id)
+    with torch.no_grad():
+        again = policy.logps(batch)
+    assert len(answers) == 9 and [len(a) for a in answers] == batch.answer_mask.sum(1).tolist()
+    for found, row in zip(logps, again.tolist(), strict=True):
+        assert found == pytest.approx(row[: len(found)], abs=1e-4)
+
+
+def test_an_answer_depends_on_its_question_and_its_numbers_only(policy, images):
+    pixels = torch.stack([model.to_pixels(image, 64) for image in images])
+    prompts = prompts_of(policy)
+    uniform = torch.from_numpy(np.random.default_rng(1).random((3, 2, 6)))
+    together, _ = policy.sample(pixels, prompts, uniform)
+    alone = [policy.sample(pixels[k : k + 1], prompts[k : k + 1], uniform[k : k + 1])[0] for k in range(3)]
+    assert together == [answer for answers in alone for answer in answers]
+
+
+def test_samples_follow_the_models_own_distribution(policy, images):
+    prompt, pixels = prompts_of(policy)[0], model.to_pixels(images[0], 64)[None]
+    inputs = policy.processor(images=images[0], text=model.TEMPLATE.format(question=ASKED[0]), return_tensors="pt")
+    with torch.no_grad():  # by plain transformers code
+        share = policy.hf(**inputs).logits[0, -1].double().softmax(-1)
+    share[policy.image_id] = 0
+    share = (share / share.sum()).numpy()
+    uniform = torch.from_numpy(np.random.default_rng(2).random((1, 4000, 1)))
+    answers, _ = policy.sample(pixels, [prompt], uniform)
+    counts = np.bincount([a[0] for a in answers], minlength=len(share))
+    assert counts[policy.image_id] == 0
+    assert np.abs(counts - 4000 * share).max() < 5 * np.sqrt(4000 * share.max())
+
+
+def test_sampling_stops_at_the_end_token(policy, images):
+    hf_head, eos = policy.hf.lm_head.weight, policy.tokenizer.eos_token_id
+    before = hf_head.detach().clone()
+    with torch.no_grad():
+        hidden = torch.zeros_like(hf_head)
+        hidden[eos] = 0  # all logits equal: every token has the same chance
+        hf_head.copy_(hidden)
+    try:
+        count = len(before)
+        uniform = torch.full((1, 2, 5), 0.5 / (count - 1), dtype=torch.float64)  # token 0
+        uniform[0, 0, 2] = (eos + 0.5) / (count - 1)
+        pixels = model.to_pixels(images[0], 64)[None]
+        answers, logps = policy.sample(pixels, prompts_of(policy)[:1], uniform)
+    finally:
+        with torch.no_grad():
+            hf_head.copy_(before)
+    assert answers == [[0, 0, eos], [0] * 5]
+    assert [v for logp in logps for v in logp] == pytest.approx([-np.log(count)] * 8, abs=1e-5)

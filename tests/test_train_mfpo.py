@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 
+import conftest
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, metrics
 from transformers import LlavaForConditionalGeneration
 
 import runtime
@@ -21,22 +22,15 @@ SMALL = ["--pairs_per_step", "8", "--pairs_per_gpu", "4", "--warmup_steps", "2"]
 
 
 def run_here(monkeypatch, *args):
-    """The command line in this process (saves the imports). Returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["train_mfpo.py", *map(str, args)])
-    try:
-        runtime.run(train_mfpo.main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
+    return conftest.run_here(monkeypatch, train_mfpo, *args)
+
+
+def refused(monkeypatch, capsys, *args):
+    return conftest.refused(monkeypatch, capsys, train_mfpo, *args)
 
 
 def command(*args, processes=0):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*(launch if processes else [sys.executable]), str(ROOT / "train_mfpo.py"), *map(str, args)]
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return conftest.command(train_mfpo, *args, processes=processes)
 
 
 def test_the_real_command_line_end_to_end(world, tmp_path):
@@ -112,14 +106,6 @@ def spoil(folder, **change):
     lines = (folder / "mfpo.jsonl").read_text().splitlines()
     lines[2] = json.dumps({**json.loads(lines[2]), **change})
     (folder / "mfpo.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def refused(monkeypatch, capsys, *args):
-    """Run, and return the message of a refusal: exit code 2, no traceback."""
-    assert run_here(monkeypatch, *args) == 2
-    told = capsys.readouterr().err
-    assert "Traceback" not in told and "error: " in told
-    return told.split("error: ")[-1]
 
 
 @pytest.mark.parametrize(
