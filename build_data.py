@@ -779,7 +779,8 @@ def draw_attacks(rows, folder, path, zoom=192, factor=20):
             shown = image.resize((zoom, zoom), Image.Resampling.NEAREST)
             sheet.paste(shown, (10 + column * (zoom + 10), top))
         left, y = 3 * (zoom + 10) + 20, top
-        sizes = f"{row['attack']['kind']}, eps {round(row['attack']['eps'] * 255, 2):g}/255; third picture: difference x {factor}"
+        eps = round(row["attack"]["eps"] * 255, 2)
+        sizes = f"{row['attack']['kind']}, eps {eps:g}/255; third picture: difference x {factor}"
         known = set(content_words(row["chosen"]))
         for title, text in (("chosen", row["chosen"]), ("mined", row["rejected"]), ("attack", sizes)):
             x = left

@@ -154,6 +154,13 @@ def uniforms(seed, step, question, group, tokens):
     return torch.from_numpy(np.random.default_rng([seed, 1, step, question]).random((group, tokens)))
 
 
+def pack_groups(groups, policy):
+    """One row a group: its image and question, then all its answers."""
+    return data.pack([g.row for g in groups], torch.stack([g.pixels for g in groups]), policy.pad_id).to(
+        policy.mean.device
+    )
+
+
 def rollout(policy, ref, questions, rows, picked, config, step, folder):
     """
     Let the policy answer the questions `picked` (indices), reward the answers by rule and score them under `ref`.
@@ -161,32 +168,32 @@ def rollout(policy, ref, questions, rows, picked, config, step, folder):
     returns  a Group for each, and sums over the answers for the log
     """
     groups, sums = [], dict.fromkeys(("reward", "correct", "format", "unparsed", "length", "equal"), 0.0)
-    for i in range(0, len(picked), config.groups_per_gpu):
-        pick = picked[i : i + config.groups_per_gpu]
-        pixels = model.load_pixels(policy, folder, [questions[j]["image"] for j in pick]).to(policy.mean.device)
-        draws = torch.stack([uniforms(config.seed, step, j, config.group, config.max_new_tokens) for j in pick])
-        answers, old_logp = policy("sample", pixels, [rows[j].prefix for j in pick], draws)  # N * G each
-        for k, j in enumerate(pick):
-            mine = slice(k * config.group, (k + 1) * config.group)
-            texts = policy.texts(answers[mine])
-            # Rules read the text; an answer that was cut off has no form.
-            correct = torch.tensor([float(eval.is_right(text, questions[j])) for text in texts])
-            ended = [answer[-1] == policy.tokenizer.eos_token_id for answer in answers[mine]]
-            form = [float(eval.in_form(text, questions[j]) and end) for text, end in zip(texts, ended, strict=True)]
-            rewards = correct + config.format_reward * torch.tensor(form)  # (G,)
-            row = data.Row(rows[j].prefix, answers[mine], rows[j].id)
-            groups.append(Group(row, pixels[k], group_advantages(rewards[None])[0], None, old_logp[mine], False))
-            sums["reward"] += rewards.sum().item()
-            sums["correct"] += correct.sum().item()
-            sums["format"] += sum(form)
-            sums["unparsed"] += sum(eval.closed_answer(text, questions[j]) is None for text in texts)
-            sums["length"] += sum(map(len, answers[mine]))
-            sums["equal"] += float((rewards == rewards[0]).all())
+    with runtime.summoned(policy):
+        for i in range(0, len(picked), config.groups_per_gpu):
+            pick = picked[i : i + config.groups_per_gpu]
+            pixels = model.load_pixels(policy, folder, [questions[j]["image"] for j in pick]).to(policy.mean.device)
+            draws = torch.stack([uniforms(config.seed, step, j, config.group, config.max_new_tokens) for j in pick])
+            answers, old_logp = policy("sample", pixels, [rows[j].prefix for j in pick], draws)  # N * G each
+            for k, j in enumerate(pick):
+                mine = slice(k * config.group, (k + 1) * config.group)
+                texts = policy.texts(answers[mine])
+                # Rules read the text; an answer that was cut off has no form.
+                correct = torch.tensor([float(eval.is_right(text, questions[j])) for text in texts])
+                ended = [answer[-1] == policy.tokenizer.eos_token_id for answer in answers[mine]]
+                form = [float(eval.in_form(text, questions[j]) and end) for text, end in zip(texts, ended, strict=True)]
+                rewards = correct + config.format_reward * torch.tensor(form)  # (G,)
+                row = data.Row(rows[j].prefix, answers[mine], rows[j].id)
+                groups.append(Group(row, pixels[k], group_advantages(rewards[None])[0], None, old_logp[mine], False))
+                sums["reward"] += rewards.sum().item()
+                sums["correct"] += correct.sum().item()
+                sums["format"] += sum(form)
+                sums["unparsed"] += sum(eval.closed_answer(text, questions[j]) is None for text in texts)
+                sums["length"] += sum(map(len, answers[mine]))
+                sums["equal"] += config.group * float((rewards == rewards[0]).all())  # once an answer, as the others
     with torch.no_grad(), runtime.summoned(ref):
         for i in range(0, len(groups), config.groups_per_gpu):
             some = groups[i : i + config.groups_per_gpu]
-            packed = data.pack([g.row for g in some], torch.stack([g.pixels for g in some]), ref.pad_id)
-            packed = packed.to(ref.mean.device)
+            packed = pack_groups(some, ref)
             scored = iter(listed(ref("logps", packed), packed.answer_mask))
             for group in some:
                 group.ref_logp = [next(scored) for _ in group.row.answers]
@@ -304,8 +311,7 @@ def main():
             groups = [Group(rows[i], pixels[k], advantages, ref_logp[i], None, True) for k, i in enumerate(my_pairs)]
         if online:
             my_questions = [int(i) for kind, i in mine if kind == "question"]
-            with runtime.summoned(policy):
-                sampled, sums = rollout(policy, ref, questions, question_rows, my_questions, config, step, folder)
+            sampled, sums = rollout(policy, ref, questions, question_rows, my_questions, config, step, folder)
             groups += sampled
         sampled_at, tokens = time.perf_counter(), sum(len(answer) for g in groups for answer in g.row.answers)
 
@@ -314,15 +320,12 @@ def main():
         for update in range(config.updates_per_rollout):
             for micro in range(micro_batches):
                 some = groups[micro * config.groups_per_gpu : (micro + 1) * config.groups_per_gpu]
-                packed = data.pack([g.row for g in some], torch.stack([g.pixels for g in some]), policy.pad_id).to(
-                    device
-                )
+                packed = pack_groups(some, policy)
                 token_logp, mask = policy("logps", packed), packed.answer_mask  # (A, T), A answers of all groups
                 if update == 0:
                     set_old(some, token_logp, mask)
-                old, fixed = (
-                    padded([a for g in some for a in getattr(g, name)], mask) for name in ("old_logp", "ref_logp")
-                )
+                old = padded([answer for g in some for answer in g.old_logp], mask)
+                fixed = padded([answer for g in some for answer in g.ref_logp], mask)
                 advantage = torch.cat([g.advantages for g in some]).to(device)  # (A,)
                 loss, clipped, kl = grpo_loss(token_logp, old, fixed, advantage, mask, config.clip, config.kl)
                 # The mean over the answers of a group, then over the groups of the step: a pair weighs as much as a
@@ -332,12 +335,10 @@ def main():
                 (loss * runtime.world()).backward()
                 now = token_logp.detach()
                 shift = (now - fixed).sum(1).split([len(g.advantages) for g in some])  # h of the answers of each group
-                pairs_shift = torch.stack(
-                    [h for h, g in zip(shift, some, strict=True) if g.is_pair] or [now.new_zeros(2)]
-                )
+                of_pairs = [h for h, g in zip(shift, some, strict=True) if g.is_pair] or [now.new_zeros(2)]
                 if update == 0:
                     gap = torch.maximum(gap, (now - old).abs().max())
-                totals += torch.stack([loss.detach(), clipped, kl, *pairs_shift.sum(0)])
+                totals += torch.stack([loss.detach(), clipped, kl, *torch.stack(of_pairs).sum(0)])
             gnorms.append(runtime.clip_gradients(policy, config.clip_norm))
             if not math.isfinite(gnorms[-1]):  # the norm is over all ranks, so all of them stop
                 ids = [records[i]["id"] for i in pairs] + [questions[i]["id"] for i in asked]
@@ -348,7 +349,7 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
         # Sums first, one division last: the log shows the whole batch, not the last part of the first rank.
-        totals = torch.cat([totals / config.updates_per_rollout, torch.tensor([*sums.values()], device=device)])
+        totals = torch.cat([totals / config.updates_per_rollout, torch.tensor([tokens, *sums.values()], device=device)])
         dist.all_reduce(totals)
         dist.all_reduce(gap, dist.ReduceOp.MAX)
         totals = totals.tolist()
@@ -356,20 +357,18 @@ def main():
         if offline:
             values |= {"chosen_shift": totals[3] / offline, "pair_margin": (totals[3] - totals[4]) / offline}
         if online:
-            values |= {name: total / online / config.group for name, total in zip(sums, totals[5:], strict=True)}
-            values |= {"equal": values["equal"] * config.group, "sampler_gap": gap.item()}
+            values |= {name: total / online / config.group for name, total in zip(sums, totals[6:], strict=True)}
+            values["sampler_gap"] = gap.item()
         if step == 0:
             # Nothing has moved yet: ratios are 1, KL is 0, and the advantages of a group sum to 0.
-            assert abs(values["loss"]) < 1e-3 or config.updates_per_rollout > 1, f"first loss {values['loss']}"
-            assert device.type != "cpu" or gap < 1e-3, f"sampler and update differ by {gap} nats on the same answers"
+            exact = 1e-3 if device.type == "cpu" else 5e-2  # bfloat16 kernels depend on the shape of the batch
+            assert abs(values["loss"]) < exact or config.updates_per_rollout > 1, f"first loss {values['loss']}"
+            assert device.type != "cpu" or gap < exact, f"sampler and update differ by {gap} nats on the same answers"
             say(f"first loss {values['loss']:.4f}, as it must be; sampler and update agree to {gap:.1e} nats")
         ended = time.perf_counter()
         values |= {"gnorm": sum(gnorms) / len(gnorms), "lr": lr, "time_s": ended - began}
-        values |= {
-            "sample_s": sampled_at - began,
-            "update_s": ended - sampled_at,
-            "tokens_per_s": tokens / (ended - began),
-        }
+        values |= {"sample_s": sampled_at - began, "update_s": ended - sampled_at}
+        values["tokens_per_s"] = totals[5] / (ended - began)
         log(step + 1, line_of(values), **values)
         if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
             runtime.save_checkpoint(run, step + 1, policy, optimizer, identity, config.keep)

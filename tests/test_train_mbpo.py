@@ -148,7 +148,7 @@ def test_rewards_of_a_rollout_by_hand(policy, monkeypatch, tmp_path):
     said[:] = [[cup, eos]] * 4  # rubbish is worth nothing and is counted
     (group,), sums = train_mbpo.rollout(policy, policy, [QUESTION], rows, [0], config, 0, tmp_path)
     assert group.advantages.tolist() == [0.0] * 4
-    assert sums["unparsed"] == 4 and sums["equal"] == 1 and sums["reward"] == 0
+    assert sums["unparsed"] == 4 and sums["equal"] == 4 and sums["reward"] == 0
 
 
 @pytest.mark.parametrize(
