@@ -18,6 +18,7 @@ writes   mfpo: <out>.jsonl (format: data.py) and <out>_distorted/*.png beside it
          mbpo: <out>.jsonl, <out>_attacked/*.png, <out>_dropped.jsonl and, in the toy world, <out>_closed.jsonl
 """
 
+import functools
 import json
 import math
 import re
@@ -337,6 +338,7 @@ class MfpoConfig:
     schedule: str = knob("ddpm", "noise schedule: vcd | ddpm")
     t: int = knob(400, "diffusion step, 0 to 999; the paper's best is 500, its schedule unknown")
     top: int = knob(5, "keywords per answer, K in the paper")
+    convention: str = knob("", "how the model sees and is asked: original | hub; empty: what its folder says")
     seed: int = knob(0, "seed of the noise, the random regions and the sampled answers")
     sheet: str = knob("", "also draw a contact sheet of the first records into this PNG")
 
@@ -350,6 +352,7 @@ class MfpoConfig:
         if self.top < 1 or self.seed < 0:
             raise ValueError(f"--top must be positive and --seed not negative, got {self.top} and {self.seed}")
         check_out(self.out, self.source, self.sheet)
+        model.check_convention(self.convention)
 
 
 def check_out(out, source, sheet):
@@ -379,7 +382,7 @@ def own_answers(policy, records, folder, seed, batch=64):
             chunk = records[i : i + batch]
             pixels = model.load_pixels(policy, folder, [r["image"] for r in chunk])
             prompts = [
-                data.encode_prompt(policy.tokenizer, r["question"], model.TEMPLATE, policy.image_tokens) for r in chunk
+                data.encode_prompt(policy.tokenizer, r["question"], policy.template, policy.image_tokens) for r in chunk
             ]
             texts, ended = policy.generate(pixels, prompts, 60, temperature=1.0)
             answers += [text if whole else None for text, whole in zip(texts, ended, strict=True)]
@@ -419,7 +422,7 @@ def build_mfpo(config):
         skip_bad=False,
         title=f"checking {source}",
     )
-    policy = model.load(config.model)
+    policy = model.load(config.model, convention=config.convention, trained=False).eval()
     folder, images = source.parent, Path(f"{out.stem}_distorted")
     print(f"{len(records)} records from {source}; noise: {config.schedule} t={config.t}, regions: {config.region}")
     missing = any("rejected" not in record for record in records)
@@ -537,6 +540,7 @@ class MbpoConfig:
     max_length: int = knob(2048, "tokens of image, question and answer; a longer record is an error, never cut")
     skip_bad: bool = knob(False, "drop bad source records, counted by reason, instead of stopping at the first")
     batch: int = knob(32, "records per forward pass")
+    convention: str = knob("", "how the model sees and is asked: original | hub; empty: what its folder says")
     seed: int = knob(0, "seed of the noise and of the questions")
     sheet: str = knob("", "also draw a contact sheet of the first records into this PNG")
 
@@ -554,6 +558,7 @@ class MbpoConfig:
         if min(self.seed, self.questions) < 0:
             raise ValueError("--seed and --questions must not be negative")
         check_out(self.out, self.source, self.sheet)
+        model.check_convention(self.convention)
 
 
 def pixels_in(flag, text):
@@ -642,14 +647,15 @@ def build_mbpo(config):
     """
     source, out = Path(config.source), Path(config.out)
     records = data.read_records(source, SOURCE_FIELDS, config.skip_bad)
-    policy = model.load(config.model).eval().requires_grad_(False)
+    device = runtime.device()
+    place = functools.partial(runtime.shard, device=device)
+    policy = model.load(config.model, convention=config.convention, trained=False, place=place).eval()
     records, rows = data.encode_records(
-        data.chosen_row, records, source, policy.tokenizer, model.TEMPLATE, policy.image_tokens, config.max_length,
+        data.chosen_row, records, source, policy.tokenizer, policy.template, policy.image_tokens, config.max_length,
         config.skip_bad,
     )  # fmt: skip
-    device, folder, parts = runtime.device(), source.parent, out.with_suffix(".parts")
+    folder, parts = source.parent, out.with_suffix(".parts")
     runtime.first_alone(lambda: open_parts(parts, config, model.fingerprint(policy, device, folder, records)))
-    policy = runtime.shard(policy, device)
     eps, alpha = pixels_in("--eps", config.eps), pixels_in("--alpha", config.alpha)
     say(f"{len(records)} records from {source}; attack: {config.attack} eps={config.eps}")
 
@@ -691,7 +697,7 @@ def build_mbpo(config):
         return lines
 
     mined = in_parts(parts, "attack", kept.tolist(), config.batch, mine, policy)
-    runtime.first_alone(lambda: finish_mbpo(config, out, parts, records, mined))
+    runtime.first_alone(lambda: finish_mbpo(config, out, parts, records, mined, policy.pad))
 
 
 def open_parts(parts, config, fingerprint):
@@ -733,7 +739,7 @@ def in_parts(parts, name, items, batch, work, policy):
     return [line for file in files for _, line in data.read_jsonl(file)]
 
 
-def finish_mbpo(config, out, parts, records, mined):
+def finish_mbpo(config, out, parts, records, mined, pad):
     """Put the parts together: attacked images, records, what was dropped, questions; then the parts can go."""
     images = out.with_name(f"{out.stem}_attacked")
     if (parts / "attacked").is_dir():  # else it was moved before this was interrupted
@@ -757,11 +763,11 @@ def finish_mbpo(config, out, parts, records, mined):
     dropped = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "none"
     print(f"wrote {out}: {len(rows)} records; dropped: {dropped} (kept in {out.stem}_dropped.jsonl)")
     if config.sheet:
-        draw_attacks(rows[:8], out.parent, config.sheet)
+        draw_attacks(rows[:8], out.parent, config.sheet, pad)
         print(f"wrote {config.sheet}")
 
 
-def draw_attacks(rows, folder, path, zoom=192, factor=20):
+def draw_attacks(rows, folder, path, pad, zoom=192, factor=20):
     """
     A contact sheet, a row a record: the image, the attacked image, their difference `factor` times as large around
     grey, and both answers, with the content words of the mined one that the chosen one does not hold in red.
@@ -771,7 +777,7 @@ def draw_attacks(rows, folder, path, zoom=192, factor=20):
     for i, row in enumerate(rows):
         top = 10 + i * (zoom + 10)
         attacked = data.load_image(data.image_path(folder, row["image_attacked"]))
-        clean = model.to_pixels(data.load_image(data.image_path(folder, row["image"])), attacked.width)
+        clean = model.to_pixels(data.load_image(data.image_path(folder, row["image"])), attacked.width, pad)
         clean = (clean * 255).round().byte().permute(1, 2, 0).numpy()
         change = np.asarray(attacked).astype(int) - clean
         magnified = Image.fromarray((128 + factor * change).clip(0, 255).astype(np.uint8))

@@ -22,6 +22,7 @@ writes   the table, some captions before and after with the invented words in [b
 Every figure has a 95 % bootstrap interval over scenes.
 """
 
+import functools
 import json
 import math
 import re
@@ -178,7 +179,7 @@ def answer_all(policy, pixels, asked, max_new_tokens, title, batch=100):
     with torch.no_grad(), runtime.summoned(policy):
         for i in tqdm(range(0, len(mine), batch), title, leave=False, disable=runtime.rank() > 0):
             chunk = mine[i : i + batch]
-            prompts = [data.encode_prompt(policy.tokenizer, q, model.TEMPLATE, policy.image_tokens) for _, q in chunk]
+            prompts = [data.encode_prompt(policy.tokenizer, q, policy.template, policy.image_tokens) for _, q in chunk]
             images = pixels[[index for index, _ in chunk]].to(policy.mean.device)
             answers += policy("generate", images, prompts, max_new_tokens)[0]
     return runtime.gather(answers)
@@ -197,7 +198,7 @@ def pair_scores(policy, pairs, folder, batch=64):
         for i in tqdm(range(0, len(mine), batch), "scoring pairs", leave=False, disable=runtime.rank() > 0):
             chunk = mine[i : i + batch]
             _, rows = data.encode_records(
-                data.mfpo_rows, chunk, folder, policy.tokenizer, model.TEMPLATE, policy.image_tokens, math.inf
+                data.mfpo_rows, chunk, folder, policy.tokenizer, policy.template, policy.image_tokens, math.inf
             )
             packed = model.pair_batch(policy, chunk, rows, folder)
             token_logp = policy("logps", packed).view(len(chunk), 3, -1)  # (B, 3, T)
@@ -428,7 +429,7 @@ def mined_values(truths, answers, clean):
     }
 
 
-def mined_text(folders, device):
+def mined_text(folders, place):
     """
     A Markdown table of what attacks made the base models say: <folder>/attack_*.jsonl, written by build_data.py mbpo,
     a folder a seed, beside the same models' answers to the clean images. Dropped answers count too.
@@ -447,7 +448,7 @@ def mined_text(folders, device):
             lines = sorted(kept + dropped, key=lambda line: line["id"])
             truths = [line["chosen"] for line in lines]
             if not clean:
-                policy = runtime.shard(model.load(str(folder / "base")), device).eval()
+                policy = model.load(folder / "base", trained=False, place=place).eval()
                 pixels = model.load_pixels(policy, folder, [line["image"] for line in lines])
                 said = answer_all(policy, pixels, [(i, line["question"]) for i, line in enumerate(lines)], 60, "clean")
                 clean = dict(zip((line["id"] for line in lines), said, strict=True))
@@ -472,6 +473,7 @@ class Config:
     base: str = knob("data/toy/base", "the model before training, for the margins and the comparison")
     data: str = knob("data/toy", "folder of the built-in world")
     split: str = knob("test", "val | test; tune on val only")
+    convention: str = knob("", "how the model sees and is asked: original | hub; empty: what its folder says")
     json: str = knob("", "also write the numbers here")
     runs: str = knob("", "instead: the table over the runs <name>-<seed> in this folder, mean and interval over seeds")
     mined: str = knob("", "instead: the table over attack_*.jsonl in these toy folders, separated by commas")
@@ -479,6 +481,7 @@ class Config:
     def __post_init__(self):
         if self.split not in ("val", "test"):
             raise ValueError(f"--split {self.split!r}: use val or test")
+        model.check_convention(self.convention)
 
 
 def main():
@@ -488,14 +491,15 @@ def main():
         return
     if config.json and not Path(config.json).parent.is_dir():
         raise ValueError(f"--json {config.json}: no folder {Path(config.json).parent}. Make it, or name another file")
-    device = runtime.start()
+    place = functools.partial(runtime.shard, device=runtime.start())
     if config.mined:
-        runtime.say(mined_text(config.mined.split(","), device))
+        runtime.say(mined_text(config.mined.split(","), place))
         return
     measured = {}
     for name, path in (("base", config.base), ("final", config.model)):
         runtime.say(f"{name}: {path}")
-        measured[name] = measure(runtime.shard(model.load(path), device), config.data, config.split)
+        policy = model.load(path, convention=config.convention, trained=False, place=place).eval()
+        measured[name] = measure(policy, config.data, config.split)
     summaries = {name: summarise(found, measured["base"]) for name, found in measured.items()}
     runtime.say(samples_text(measured) + "\n\n" + table_text(summaries))
     if config.json and runtime.rank() == 0:

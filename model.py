@@ -12,32 +12,69 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, DynamicCache, LlavaForConditionalGeneration
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, AutoProcessor, DynamicCache, GenerationConfig, LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
 from data import image_path, load_image, pack
 
-# The prompt of the llava-hf model cards; the answer follows after a space, then </s>.
-TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
+
+@dataclass(frozen=True)
+class Convention:
+    """How a model was taught to see and to be asked. With another convention than its own it answers worse."""
+
+    template: str  # the answer follows after a space, then </s>
+    pad: bool  # pad the image to a square, or else resize the shorter side and crop the centre
+
+
+CONVENTIONS = {
+    # LLaVA-1.5's own code: conversation template vicuna_v1, image_aspect_ratio pad.
+    "original": Convention(
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:",
+        pad=True,
+    ),
+    # The model cards and the processor of llava-hf on the hub, and the built-in world.
+    "hub": Convention("USER: <image>\n{question} ASSISTANT:", pad=False),
+}
+
+
+def check_convention(name):
+    """ValueError unless `name` is one of CONVENTIONS, or empty."""
+    if name and name not in CONVENTIONS:
+        raise ValueError(f"--convention {name!r}: use one of {', '.join(CONVENTIONS)}, or leave it out")
+
+
+PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, as LLaVA-1.5 pads with
 SHARD_BYTES = 4_500_000_000  # one exported file, and the most that export holds in host memory
 
 
 class Policy(nn.Module):
     """A LLaVA and its processor. `hf` is the transformers model, so nothing about it is hidden or renamed."""
 
-    def __init__(self, hf, processor, train_vision=False):
+    def __init__(self, hf, processor, train_vision=False, convention="hub"):
         super().__init__()
         self.hf, self.processor, self.tokenizer = hf, processor, processor.tokenizer
+        self.convention, self.template, self.pad = convention, *vars(CONVENTIONS[convention]).values()
+        self.autocast = False  # one GPU holds whole weights and computes in bfloat16; FSDP sees to that itself
         vision, images = hf.config.vision_config, processor.image_processor
         self.image_size = vision.image_size
         self.image_tokens = (vision.image_size // vision.patch_size) ** 2
@@ -46,6 +83,9 @@ class Policy(nn.Module):
         for name in ("mean", "std"):  # per channel, applied to pixels in [0, 1]
             value = torch.tensor(getattr(images, f"image_{name}"), dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
+        # No token is drawn that the text cannot hold: an image token would ask for an image that is not there, and
+        # LLaVA-1.5 has embeddings for more tokens (32,064) than its tokenizer knows (32,002).
+        self.unsayable = [self.image_id, *range(len(self.tokenizer), hf.config.text_config.vocab_size)]
         tower = hf.model.vision_tower
         # DEVIATION: the paper does not say what it trains; frozen, as LLaVA-1.5 was tuned, was better on the toy too.
         tower.requires_grad_(train_vision)
@@ -57,7 +97,8 @@ class Policy(nn.Module):
 
     def forward(self, method, *args, **kwargs):
         """Call another method by name. FSDP2 gathers the weights of a module in its `forward`, so all enter here."""
-        return getattr(self, method)(*args, **kwargs)
+        with torch.autocast(self.mean.device.type, torch.bfloat16, enabled=self.autocast):
+            return getattr(self, method)(*args, **kwargs)
 
     def vision(self, pixels):
         """(R, 3, H, W) in [0, 1] -> (R, P, D): the tower's patch features, one layer before the last, CLS dropped."""
@@ -114,7 +155,7 @@ class Policy(nn.Module):
             attention_mask=mask.long(),
             pixel_values=(pixels - self.mean) / self.std,
             max_new_tokens=max_new_tokens,
-            suppress_tokens=[self.image_id],  # a sampled image token would ask for an image that is not there
+            suppress_tokens=self.unsayable,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.pad_id,
             synced_gpus=False,  # else each rank would wait, token by token, for ranks that have fewer batches
@@ -163,10 +204,10 @@ class Policy(nn.Module):
         tokens, logps = [], []
         ended = torch.zeros(len(hidden), dtype=torch.bool, device=pixels.device)
         for t in range(limit):
-            logp = self.hf.lm_head(hidden).float().log_softmax(-1)  # (N * G, V)
-            share = logp.double().exp()
-            share[:, self.image_id] = 0  # a sampled image token would ask for an image that is not there
-            reached = share.cumsum(1)
+            logits = self.hf.lm_head(hidden).double()  # (N * G, V)
+            logp = logits.float().log_softmax(-1)
+            logits[:, self.unsayable] = -torch.inf
+            reached = logits.softmax(-1).cumsum(1)
             token = torch.searchsorted(reached, uniform[:, t : t + 1] * reached[:, -1:], right=True)
             token = token.clamp(max=logp.shape[1] - 1)  # (N * G, 1)
             tokens.append(token)
@@ -183,13 +224,19 @@ class Policy(nn.Module):
         ]
 
 
-def to_pixels(image, size):
+def to_pixels(image, size, pad=False):
     """
-    PIL image -> (3, size, size) float32 in [0, 1], as the hub's LLaVA processor does it: the shorter side resized to
-    `size` (bicubic), then the centre cropped. An image of that size passes unchanged.
+    PIL image -> (3, size, size) float32 in [0, 1]. With `pad` as LLaVA-1.5 does it: padded to a square, then resized
+    (bicubic). Without, as the hub's processor does it: the shorter side resized, the centre cropped, so that objects at
+    the border may be lost. An image of that size passes unchanged.
     """
     width, height = image.size
-    if (width, height) != (size, size):
+    if pad and (width, height) != (size, size):
+        side = max(width, height)
+        square = Image.new("RGB", (side, side), PAD_COLOUR)
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = square.resize((size, size), Image.Resampling.BICUBIC)
+    elif (width, height) != (size, size):
         scale = size / min(width, height)
         image = image.resize((max(size, int(width * scale)), max(size, int(height * scale))), Image.Resampling.BICUBIC)
         left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -199,7 +246,9 @@ def to_pixels(image, size):
 
 def load_pixels(policy, folder, names):
     """The images `names` of a data folder as the policy's vision tower takes them: (R, 3, H, W) float32 in [0, 1]."""
-    return torch.stack([to_pixels(load_image(image_path(folder, name)), policy.image_size) for name in names])
+    return torch.stack(
+        [to_pixels(load_image(image_path(folder, name)), policy.image_size, policy.pad) for name in names]
+    )
 
 
 def pair_batch(policy, records, rows, folder, with_distorted=True):
@@ -224,19 +273,25 @@ def without_warnings(make):
         logging.set_verbosity(level)
 
 
-def load(path, train_vision=False):
-    """
-    A Policy from a LLaVA folder or hub id, in float32. Raises ValueError if it is no such folder.
-
-    Only safetensors are read (a pickle could run code), and no code from the folder is run.
-    """
+def local_folder(path):
+    """The folder of a model: `path` itself, or for a hub id its files, fetched or from the cache."""
+    if Path(path).is_dir():
+        return Path(path)
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except (OSError, ValueError) as error:  # no such id, no network, no permission
         reason = str(error).split("\n")[0]
         raise ValueError(
             f"--model {path}: no model folder here, nor a Hugging Face id that can be had ({reason}). Check it"
         ) from None
+
+
+def read_config(path, folder):
+    """The config of a LLaVA folder; ValueError unless it is a LLaVA that this project can train, in safetensors."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {path}: no model's folder ({str(error).splitlines()[0]}). Check it") from None
     if config.model_type != "llava":
         raise ValueError(f"--model {path}: is a {config.model_type!r}; this project trains 'llava' models (LLaVA-1.5)")
     parts = (config.vision_config.model_type, config.text_config.model_type, config.vision_feature_select_strategy)
@@ -245,19 +300,142 @@ def load(path, train_vision=False):
             f"--model {path}: a LLaVA of {parts}, features of layer {config.vision_feature_layer}; this project trains "
             "those of ('clip_vision_model', 'llama', 'default') that read one layer, as LLaVA-1.5 does"
         )
-    try:
-        hf, info = LlavaForConditionalGeneration.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"--model {path}: holds no .safetensors. Other formats are refused: reading a pickle can run code. Where "
+            'you trust it, convert it once: python -c "from transformers import LlavaForConditionalGeneration as L; '
+            f"L.from_pretrained('{path}', dtype='auto').save_pretrained('{path}-safe')\""
         )
-        processor = without_warnings(lambda: AutoProcessor.from_pretrained(path))
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).split("\n")[0]
-        message = f"--model {path}: cannot be read ({reason}). It needs whole .safetensors, a tokenizer and a processor"
-        raise ValueError(message) from None
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"--model {path}: its files lack the weights {missing}, ... Fetch or export the model again")
-    return Policy(hf, processor, train_vision)
+    return config
+
+
+def load(path, train_vision=False, convention="", trained=True, lora_rank=0, place=None):
+    """
+    A Policy from a LLaVA folder or hub id. Raises ValueError if it is no such folder.
+
+    train_vision   train the vision tower too;   trained   False: nothing is trained (a reference, mining, a table)
+    convention     original | hub; empty: what the folder says (convention.json), else original
+    lora_rank      > 0: train adapters of that rank in the language model and the projector, not their weights
+    place          place(policy) shards the model, or moves it to a device, before its weights are read: they go
+                   from the files straight to where they belong, and no process holds the whole model in host memory
+
+    Only safetensors are read (a pickle could run code), and no code from the folder is run. Weights are float32,
+    whatever the files hold.
+    """
+    folder = local_folder(path)
+    config = read_config(path, folder)
+    try:
+        processor = without_warnings(lambda: AutoProcessor.from_pretrained(folder))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--model {path}: has no tokenizer and processor ({reason}). Fetch it again") from None
+    stored = folder / "convention.json"
+    if not convention:
+        convention = json.loads(stored.read_text())["convention"] if stored.is_file() else "original"
+    check_convention(convention)
+    with torch.device("meta"):
+        hf = LlavaForConditionalGeneration(config)
+    if (folder / "generation_config.json").is_file():
+        hf.generation_config = GenerationConfig.from_pretrained(folder)
+    if lora_rank:
+        add_lora(hf, lora_rank)
+    policy = Policy(hf, processor, train_vision, convention)
+    policy.files = sorted(folder.glob("*.safetensors"))
+    if not trained:
+        policy.requires_grad_(False)
+    if place:
+        place(policy)
+    else:
+        policy.to_empty(device="cpu")
+    fill(policy, path, folder, alone=place is None)
+    return policy
+
+
+def fill(policy, path, folder, alone):
+    """Read the weights into `policy`, each process its share; and make anew what memory from `to_empty` lost."""
+    try:
+        reader = HuggingFaceStorageReader(str(folder))
+        stored = reader.read_metadata().state_dict_metadata
+        state, wrong = {}, []
+        for name, parameter in policy.hf.named_parameters():
+            if "lora_" in name:
+                continue
+            key = hub_key(name) if hub_key(name) in stored else name
+            if key not in stored:
+                wrong.append(f"{hub_key(name)} is missing")
+            elif tuple(stored[key].size) != tuple(parameter.shape):
+                wrong.append(f"{key} is {tuple(stored[key].size)}, its config says {tuple(parameter.shape)}")
+            state[key] = parameter.detach()
+        if wrong:
+            raise ValueError(f"--model {path}: {'; '.join(wrong[:3])} ({len(wrong)} weights). Fetch or export it again")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is read by one process alone, which is meant
+            dcp.load(state, storage_reader=reader, no_dist=alone)
+    except (OSError, KeyError, SafetensorError, json.JSONDecodeError, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"--model {path}: its weights cannot be read ({reason}). Fetch or export it again") from None
+    device, hf = policy.mean.device, policy.hf
+    images = policy.processor.image_processor
+    for name in ("mean", "std"):
+        getattr(policy, name).copy_(torch.tensor(getattr(images, f"image_{name}")).view(3, 1, 1))
+    language, vision = hf.model.language_model, hf.model.vision_tower.embeddings
+    language.rotary_emb = LlamaRotaryEmbedding(config=language.config).to(device)
+    vision.position_ids.copy_(torch.arange(vision.position_ids.shape[1])[None])
+    generator = torch.Generator().manual_seed(0)
+    for module in policy.modules():
+        if isinstance(module, LoraLinear):
+            module.start(generator)
+
+
+class LoraLinear(nn.Linear):
+    """
+    LoRA (Hu et al. 2021, arXiv:2106.09685), Eq. 3: W x + s * B A x, where W is frozen and A, B are small.
+
+    A (r, in) starts at random, B (out, r) at 0, so the first outputs are those of W; s = 2, as with alpha = 2 r.
+    """
+
+    scale = 2.0
+
+    def start(self, generator):
+        """A as nn.Linear starts its weights, the same on any number of processes; B zero."""
+        with torch.no_grad():
+            values = torch.rand(self.lora_a.shape, generator=generator) * 2 - 1  # (r, in)
+            values = values / self.in_features**0.5
+            if isinstance(self.lora_a, DTensor):
+                values = distribute_tensor(
+                    values.to(self.lora_a.device), self.lora_a.device_mesh, self.lora_a.placements
+                )
+            self.lora_a.copy_(values)
+            self.lora_b.zero_()
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+    def merged(self, weight, full):
+        """The one matrix that does the same: W + s * B A. `full` gathers a parameter that is sharded."""
+        return weight + self.scale * (full(self.lora_b) @ full(self.lora_a)).to(weight)
+
+
+def add_lora(hf, rank):
+    """Give every linear layer of the language model and the projector an adapter, and freeze all else."""
+    hf.requires_grad_(False)
+    for part in (hf.model.language_model, hf.model.multi_modal_projector):
+        for module in part.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = LoraLinear
+                options = {"device": module.weight.device, "dtype": torch.float32}
+                module.lora_a = nn.Parameter(torch.empty(rank, module.in_features, **options))
+                module.lora_b = nn.Parameter(torch.empty(module.out_features, rank, **options))
+
+
+@contextmanager
+def without_lora(policy):
+    """The model as it was before training: all adapters off."""
+    LoraLinear.scale, scale = 0.0, LoraLinear.scale
+    try:
+        yield policy
+    finally:
+        LoraLinear.scale = scale
 
 
 def fingerprint(policy, device, folder, records):
@@ -266,9 +444,18 @@ def fingerprint(policy, device, folder, records):
     settings, records, image files, precision. If any of it changes, so does the name, and a stale cache is not found.
     """
     sha = hashlib.sha256()
-    for name, parameter in policy.named_parameters():
-        sha.update(name.encode() + parameter.detach().numpy().tobytes())
-    settings = [TEMPLATE, policy.mean.tolist(), policy.std.tolist(), device.type, policy.hf.config.to_dict()]
+    for file in policy.files:
+        with open(file, "rb") as content:
+            while block := content.read(1 << 24):
+                sha.update(block)
+    settings = [
+        policy.template,
+        policy.pad,
+        policy.mean.tolist(),
+        policy.std.tolist(),
+        device.type,
+        policy.hf.config.to_dict(),
+    ]
     settings += [policy.tokenizer.backend_tokenizer.to_str(), records]
     sha.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for record in records:
@@ -302,13 +489,20 @@ def save(policy, folder):
     folder = Path(folder)
     aside = folder.with_name(folder.name + ".tmp")
     dtype = policy.hf.config.dtype or torch.float32
+    owners = dict(policy.hf.named_modules())
     shards, room = [], 0
+
+    def full(parameter):
+        return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
+
     for name, parameter in policy.hf.named_parameters():
+        if "lora_" in name:
+            continue  # goes into the weight that it belongs to
         room -= parameter.numel() * dtype.itemsize
         if room < 0:
             shards.append([])
             room = SHARD_BYTES - parameter.numel() * dtype.itemsize
-        shards[-1].append((hub_key(name), parameter))
+        shards[-1].append((name, parameter))
     if first:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -316,21 +510,24 @@ def save(policy, folder):
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors = {}
-        for key, parameter in shard:
-            full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        for name, parameter in shard:
+            whole, owner = full(parameter), owners[name.rpartition(".")[0]]
+            if isinstance(owner, LoraLinear) and name.endswith("weight"):
+                whole = owner.merged(whole, full)
             if first:
-                tensors[key] = full.detach().to("cpu", dtype).contiguous()
-                index[key] = file
+                tensors[hub_key(name)] = whole.to("cpu", dtype).contiguous()
+                index[hub_key(name)] = file
         if first:
             save_file(tensors, aside / file, metadata={"format": "pt"})
     if first:
         if len(shards) > 1:
-            size = sum(p.numel() * dtype.itemsize for p in policy.hf.parameters())
+            size = sum(p.numel() * dtype.itemsize for shard in shards for _, p in shard)
             text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
             (aside / "model.safetensors.index.json").write_text(text)
         policy.hf.config.save_pretrained(aside)
         policy.hf.generation_config.save_pretrained(aside)
         policy.processor.save_pretrained(aside)
+        (aside / "convention.json").write_text(json.dumps({"convention": policy.convention}))
         for file in aside.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())

@@ -6,6 +6,7 @@ checkpoints, the log. A plain `python` run is a world of one process, so that no
 import argparse
 import dataclasses
 import difflib
+import functools
 import gc
 import json
 import math
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -194,20 +196,34 @@ def micro_batches(per_step, per_gpu, name="pairs"):
 # ------------------------------------------------------------------------------------------------- sharding
 
 
-def shard(policy, device):
+def shard(policy, device, recompute=False):
     """
-    FSDP2 over the layers and the root: each rank keeps its slice of weights, gradients and optimiser state in
-    float32; on a GPU the computation runs in bfloat16. A single CPU process needs neither and is left as it is.
+    Put a model where it is trained: FSDP2 over the layers and the root, so that each rank keeps its slice of weights,
+    gradients and optimiser state in float32; on GPUs the computation runs in bfloat16. A model without memory yet
+    (model.load with `place`) gets it here, its slice only. One process needs no slices: one GPU holds whole weights,
+    those that are not trained in bfloat16, and computes in bfloat16; a CPU computes in float32.
+
+    recompute   keep only the inputs of the language model's layers for the backward pass and compute the rest again:
+                a third more time for a small part of the memory
     """
-    policy.to(device)
-    if world() == 1 and device.type == "cpu":
-        return policy
-    options = {"mesh": init_device_mesh(device.type, (world(),))}
-    if device.type == "cuda":
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in [*policy.hf.model.vision_tower.encoder.layers, *policy.hf.model.language_model.layers]:
-        fully_shard(layer, **options)
-    return fully_shard(policy, **options)
+    layers = policy.hf.model.language_model.layers
+    if recompute:
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    empty = any(p.is_meta for p in policy.parameters())
+    if world() > 1:
+        options = {"mesh": init_device_mesh(device.type, (world(),))}
+        if device.type == "cuda":
+            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for layer in [*policy.hf.model.vision_tower.encoder.layers, *layers]:
+            fully_shard(layer, **options)
+        fully_shard(policy, **options)
+    elif device.type == "cuda":
+        policy.autocast = True
+        for parameter in policy.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return policy.to_empty(device=device) if empty else policy.to(device)
 
 
 @contextmanager

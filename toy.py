@@ -31,9 +31,10 @@ from transformers import (
 )
 
 from data import Row, encode_answer, encode_prompt, pack
-from model import TEMPLATE, Policy, without_warnings
+from model import CONVENTIONS, Policy, without_warnings
 from runtime import cosine
 
+TEMPLATE = CONVENTIONS["hub"].template
 SIZE, CELL = 64, 16  # pixels; a cell of the grid is a patch of the ViT: objects across patches are learnt far slower
 PAIRS = [("cup", "spoon"), ("book", "pen"), ("plate", "fork"), ("pear", "knife"), ("lock", "key"), ("vase", "rose")]
 KINDS = [kind for pair in PAIRS for kind in pair]

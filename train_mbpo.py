@@ -9,6 +9,7 @@ reads    <data>/mbpo.jsonl and <data>/mbpo_closed.jsonl with their images (forma
 writes   out/<run>/{config.json, metrics.jsonl, step_00050/, final/, eval.json}; continue with --resume out/<run>
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -37,6 +38,7 @@ class Config:
     model: str = knob("toy", "'toy' (<data>/base, built here if missing) or a Hugging Face LLaVA folder or id")
     data: str = knob("data/toy", "folder with mbpo.jsonl, or a JSONL file; the toy world is built here if missing")
     questions: str = knob("", "JSONL of closed-ended questions; empty: <data>_closed.jsonl, beside the records")
+    convention: str = knob("", "how the model sees and is asked: original | hub; empty: what its folder says")
     out: str = knob("", "folder of this run; empty: the next free out/mbpo-<n>")
     resume: str = knob("", "folder of a run to continue; all settings come from it")
     max_length: int = knob(2048, "tokens of image, question and answer; a longer record is an error, never cut")
@@ -58,6 +60,8 @@ class Config:
     weight_decay: float = knob(0.0, "on matrices only")
     clip_norm: float = knob(1.0, "largest global gradient norm; a usual value")
     train_vision: bool = knob(False, "train the vision tower too")
+    lora_rank: int = knob(0, "train adapters of this rank instead of the weights (one GPU of 24 to 48 GB); 0: weights")
+    recompute: bool = knob(False, "keep few activations and compute them again: a third more time, far less memory")
     groups_per_step: int = knob(16, "groups (pairs and questions) per rollout over all processes")
     groups_per_gpu: int = knob(16, "groups per forward pass; lower it when memory runs out")
     # Keeping
@@ -68,6 +72,11 @@ class Config:
     eval_split: str = knob("test", "test | val | none: toy scenes for the table before and after; tune on val only")
 
     def __post_init__(self):
+        model.check_convention(self.convention)
+        if self.lora_rank and self.train_vision:
+            raise ValueError(
+                "--train_vision and --lora_rank: adapters leave the vision tower as it is. Drop one of them"
+            )
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{name} must be a finite number, got {value}")
@@ -75,7 +84,7 @@ class Config:
                      "groups_per_step", "groups_per_gpu", "save_every", "log_every", "max_length"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
-        for name in ("seed", "format_reward", "kl", "weight_decay", "warmup_steps"):
+        for name in ("seed", "format_reward", "kl", "weight_decay", "warmup_steps", "lora_rank"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.online_fraction <= 1:
@@ -190,7 +199,7 @@ def rollout(policy, ref, questions, rows, picked, config, step, folder):
                 sums["unparsed"] += sum(eval.closed_answer(text, questions[j]) is None for text in texts)
                 sums["length"] += sum(map(len, answers[mine]))
                 sums["equal"] += config.group * float((rewards == rewards[0]).all())  # once an answer, as the others
-    with torch.no_grad(), runtime.summoned(ref):
+    with torch.no_grad(), runtime.summoned(ref), model.without_lora(ref):
         for i in range(0, len(groups), config.groups_per_gpu):
             some = groups[i : i + config.groups_per_gpu]
             packed = pack_groups(some, ref)
@@ -249,8 +258,9 @@ def main():
                 build_data.MbpoConfig(source=source, out=str(data_path), model=base, seed=config.seed)
             )
     questions = read_questions() if questions is None else questions
-    policy = model.load(base, config.train_vision).train()
-    encoding = (policy.tokenizer, model.TEMPLATE, policy.image_tokens, config.max_length, config.skip_bad)
+    place = functools.partial(runtime.shard, device=device, recompute=config.recompute)
+    policy = model.load(base, config.train_vision, config.convention, True, config.lora_rank, place).train()
+    encoding = (policy.tokenizer, policy.template, policy.image_tokens, config.max_length, config.skip_bad)
     records, rows, question_rows = [], [], []
     if offline:
         records = data.read_records(data_path, data.MBPO_FIELDS, config.skip_bad)
@@ -258,11 +268,13 @@ def main():
     if online:
         questions, question_rows = data.encode_records(data.question_row, questions, questions_path, *encoding)
     reference = runtime.first_alone(lambda: model.fingerprint(policy, device, folder, records))
-    policy = runtime.shard(policy, device)
     if offline:
         ref_logp = reference_pass(policy, records, rows, folder, reference, config.groups_per_gpu)
-    # What is sampled cannot be scored beforehand: the weights that the run starts from stay at hand, frozen.
-    ref = runtime.shard(model.load(base).eval().requires_grad_(False), device) if online else None
+    # What is sampled cannot be scored beforehand: the weights that the run starts from stay at hand, frozen. With
+    # adapters these are the policy's own.
+    ref = None
+    if online:
+        ref = policy if config.lora_rank else model.load(base, convention=config.convention, trained=False, place=place)
     measured = {}
     scenes = config.eval_split != "none" and (folder / f"mfpo_{config.eval_split}.jsonl").is_file()
     if scenes:

@@ -8,6 +8,7 @@ reads    <data>/mfpo.jsonl and its images (format: data.py)
 writes   out/<run>/{config.json, metrics.jsonl, step_00050/, final/, eval.json}; continue with --resume out/<run>
 """
 
+import functools
 import json
 import math
 import sys
@@ -33,6 +34,7 @@ class Config:
     # What is trained on what
     model: str = knob("toy", "'toy' (<data>/base, built here if missing) or a Hugging Face LLaVA folder or id")
     data: str = knob("data/toy", "folder with mfpo.jsonl, or a JSONL file; the toy world is built here if missing")
+    convention: str = knob("", "how the model sees and is asked: original | hub; empty: what its folder says")
     out: str = knob("", "folder of this run; empty: the next free out/mfpo-<n>")
     resume: str = knob("", "folder of a run to continue; all settings come from it")
     max_length: int = knob(2048, "tokens of image, question and answer; a longer record is an error, never cut")
@@ -51,6 +53,8 @@ class Config:
     weight_decay: float = knob(0.0, "on matrices only")
     clip_norm: float = knob(1.0, "largest global gradient norm; a usual value")
     train_vision: bool = knob(False, "train the vision tower too")
+    lora_rank: int = knob(0, "train adapters of this rank instead of the weights (one GPU of 24 to 48 GB); 0: weights")
+    recompute: bool = knob(False, "keep few activations and compute them again: a third more time, far less memory")
     pairs_per_step: int = knob(16, "records per optimizer step over all processes; accumulation is derived")
     pairs_per_gpu: int = knob(16, "records per forward pass; lower it when memory runs out")
     # Keeping
@@ -61,6 +65,11 @@ class Config:
     eval_split: str = knob("test", "test | val | none: toy scenes for the table before and after; tune on val only")
 
     def __post_init__(self):
+        model.check_convention(self.convention)
+        if self.lora_rank and self.train_vision:
+            raise ValueError(
+                "--train_vision and --lora_rank: adapters leave the vision tower as it is. Drop one of them"
+            )
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{name} must be a finite number, got {value}")
@@ -70,7 +79,7 @@ class Config:
                      "log_every", "max_length", "clip_norm"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
-        for name in ("text_weight", "image_weight", "margin_weight", "weight_decay", "warmup_steps"):
+        for name in ("text_weight", "image_weight", "margin_weight", "weight_decay", "warmup_steps", "lora_rank"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
         if self.text_weight + self.image_weight + self.margin_weight == 0:
@@ -155,13 +164,14 @@ def main():
         build_data.check_toy("mfpo", config, data_path)
         base = runtime.first_alone(lambda: prepare_toy(folder, config.seed))
     records = data.read_records(data_path, data.MFPO_FIELDS, config.skip_bad)
-    policy = model.load(base, config.train_vision).train()
+    place = functools.partial(runtime.shard, device=device, recompute=config.recompute)
+    policy = model.load(base, config.train_vision, config.convention, True, config.lora_rank, place).train()
     records, rows = data.encode_records(
         data.mfpo_rows,
         records,
         data_path,
         policy.tokenizer,
-        model.TEMPLATE,
+        policy.template,
         policy.image_tokens,
         config.max_length,
         config.skip_bad,
@@ -172,7 +182,6 @@ def main():
             f"{data_path}: {len(records)} records make no step of --pairs_per_step {config.pairs_per_step}. Lower it"
         )
     reference = runtime.first_alone(lambda: model.fingerprint(policy, device, folder, records))
-    policy = runtime.shard(policy, device)
     ref_logp, entropy = reference_pass(policy, records, rows, data_path, reference, config.pairs_per_gpu)
     measured = {}
     scenes = config.eval_split != "none" and (folder / f"mfpo_{config.eval_split}.jsonl").is_file()

@@ -193,7 +193,7 @@ def attacked(policy):
     question, rows = "Describe the picture.", []
     for _, objects, _ in scenes:
         record = {"id": "x", "question": question, "chosen": toy.say(toy.pairs_of(objects), question)}
-        rows.append(data.chosen_row(record, policy.tokenizer, model.TEMPLATE, policy.image_tokens, 999))
+        rows.append(data.chosen_row(record, policy.tokenizer, policy.template, policy.image_tokens, 999))
     noise = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, pixels.shape)).float()
     yield rows, pixels, noise
     policy.requires_grad_(True)
@@ -286,7 +286,7 @@ def test_only_the_records_with_most_gain_are_kept(mined):
     kept = [line for name in ("mbpo", "mbpo_dropped") for _, line in data.read_jsonl(mined / f"{name}.jsonl")]
     policy = model.load(mined / "base").eval()
     source = [record for _, record in data.read_jsonl(mined / "preference.jsonl")]
-    rows = [data.chosen_row(r, policy.tokenizer, model.TEMPLATE, policy.image_tokens, 999) for r in source]
+    rows = [data.chosen_row(r, policy.tokenizer, policy.template, policy.image_tokens, 999) for r in source]
     gains = build_data.image_gain(policy, rows, model.load_pixels(policy, mined, [r["image"] for r in source]))[0]
     best = sorted(zip(gains.tolist(), (r["id"] for r in source), strict=True))[5:]
     assert {name for _, name in best} == {line["id"] for line in kept}
@@ -421,7 +421,7 @@ def test_a_sheet_of_attacks_is_drawn_with_the_invented_words_in_red(mined, tmp_p
     rows = data.read_records(mined / "mbpo.jsonl", data.MBPO_FIELDS)[:2]
     rows[0]["rejected"] = rows[0]["chosen"]
     rows[1]["rejected"] = "The picture shows a rocket."
-    build_data.draw_attacks(rows, mined, tmp_path / "sheet.png")
+    build_data.draw_attacks(rows, mined, tmp_path / "sheet.png", pad=False)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
     text = sheet[:, 3 * 202 + 15 :]
     red = (text[..., 0] > 200) & (text[..., 1] < 80) & (text[..., 2] < 80)

@@ -1,5 +1,8 @@
 """The wrapper against plain transformers code: the same numbers by another route."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -12,18 +15,19 @@ import model
 import toy
 
 QUESTION = "Describe the picture."
+TEMPLATE = "USER: <image>\n{question} ASSISTANT:"  # of the hub's model cards
 ANSWERS = ["The picture shows a red cup.", "The picture shows a red cup, a blue spoon and a green pear."]
 
 
 def rows_of(policy, question, answers):
-    prefix = data.encode_prompt(policy.tokenizer, question, model.TEMPLATE, policy.image_tokens)
-    replies = [data.encode_answer(policy.tokenizer, question, a, model.TEMPLATE) for a in answers]
+    prefix = data.encode_prompt(policy.tokenizer, question, policy.template, policy.image_tokens)
+    replies = [data.encode_answer(policy.tokenizer, question, a, policy.template) for a in answers]
     return data.Row(prefix, replies)
 
 
 def plain_logp(hf, processor, image, question, answer):
     """Summed log-probability of one answer as a user of transformers would write it: no packing, all logits."""
-    prompt = model.TEMPLATE.format(question=question)
+    prompt = TEMPLATE.format(question=question)
     inputs = processor(images=image, text=prompt, return_tensors="pt")
     full = processor(images=image, text=f"{prompt} {answer}</s>", return_tensors="pt")
     start = inputs["input_ids"].shape[1]
@@ -94,11 +98,11 @@ def test_gradients_reach_what_is_trained_and_only_that(images):
 
 def test_greedy_generation_equals_plain_generate(policy, images):
     prompts = [QUESTION, "Is there a cup in the picture?"]  # unequal lengths: left padding
-    ids = [data.encode_prompt(policy.tokenizer, q, model.TEMPLATE, policy.image_tokens) for q in prompts]
+    ids = [data.encode_prompt(policy.tokenizer, q, policy.template, policy.image_tokens) for q in prompts]
     pixels = torch.stack([model.to_pixels(image, 64) for image in images[:2]])
     texts, _ = policy.generate(pixels, ids, 8)
     for text, question, image in zip(texts, prompts, images, strict=False):
-        inputs = policy.processor(images=image, text=model.TEMPLATE.format(question=question), return_tensors="pt")
+        inputs = policy.processor(images=image, text=policy.template.format(question=question), return_tensors="pt")
         out = policy.hf.generate(**inputs, max_new_tokens=8, do_sample=False)
         plain = policy.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert text == plain.strip()
@@ -142,11 +146,26 @@ def test_pixels_equal_the_hub_processor(policy):
 
 
 def test_folders_that_are_no_llava_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no model folder here"):
+    with pytest.raises(ValueError, match="no model folder here, nor a Hugging Face id that can be had"):
+        model.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no model's folder"):
         model.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match="is a 'gpt2'"):
         model.load(tmp_path)
+
+
+def test_another_architecture_and_pickles_are_refused(policy, tmp_path):
+    model.save(policy, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    other = {**config, "vision_config": {**config["vision_config"], "model_type": "siglip_vision_model"}}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="a LLaVA of .'siglip_vision_model'"):
+        model.load(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no .safetensors. Other formats are refused.*save_pretrained"):
+        model.load(tmp_path / "m")
 
 
 def test_damaged_models_are_refused(policy, tmp_path):
@@ -158,8 +177,129 @@ def test_damaged_models_are_refused(policy, tmp_path):
         model.load(tmp_path / "m")
     tensors = load_file_without(whole, tmp_path, "language_model.lm_head.weight")
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lack the weights lm_head.weight"):  # else they would be random
+    with pytest.raises(ValueError, match="language_model.lm_head.weight is missing"):  # else they would be random
         model.load(tmp_path / "m")
+
+
+def test_a_weight_of_another_shape_is_refused(policy, tmp_path):
+    model.save(policy, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["text_config"]["vocab_size"] += 3
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is \(\d+, 128\), its config says"):
+        model.load(tmp_path / "m")
+
+
+def test_loading_by_shards_equals_from_pretrained(policy, tmp_path, monkeypatch):
+    """Several files, half precision, and both layouts of names: the hub's, and that of transformers 5."""
+    monkeypatch.setattr(policy.hf.config, "dtype", torch.float16)
+    monkeypatch.setattr(model, "SHARD_BYTES", 700_000)
+    model.save(policy, tmp_path / "hub")
+    assert len(list((tmp_path / "hub").glob("*.safetensors"))) > 2
+    shutil.copytree(tmp_path / "hub", tmp_path / "v5")
+    ours = {model.hub_key(name): name for name, _ in policy.hf.named_parameters()}
+    for file in (tmp_path / "v5").glob("*.safetensors"):
+        save_file({ours[key]: value for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    index = json.loads((tmp_path / "v5" / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {ours[key]: file for key, file in index["weight_map"].items()}
+    (tmp_path / "v5" / "model.safetensors.index.json").write_text(json.dumps(index))
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hub", dtype=torch.float32)
+    for layout in ("hub", "v5"):
+        loaded = model.load(tmp_path / layout)
+        assert loaded.convention == "hub"
+        for kind in ("named_parameters", "named_buffers"):
+            expected = dict(getattr(theirs, kind)())
+            found = dict(getattr(loaded.hf, kind)())
+            assert set(found) == set(expected)
+            for name, value in found.items():
+                assert value.dtype in (torch.float32, torch.int64) and torch.equal(value, expected[name]), name
+    assert torch.equal(loaded.mean, policy.mean) and torch.equal(loaded.std, policy.std)
+
+
+def test_the_original_convention_pads_to_a_square():
+    image = Image.new("RGB", (60, 20), (200, 10, 10))
+    pixels = (model.to_pixels(image, 30, pad=True) * 255).round()
+    assert pixels[:, 0, 0].tolist() == [122, 116, 104] and pixels[:, -1, -1].tolist() == [122, 116, 104]
+    assert pixels[:, 15, 0].tolist() == [200, 10, 10]  # nothing is cut away at the border
+    # 20 of 60 rows in the middle are now 10 of 30, with soft edges.
+    assert (pixels[0, :8] == 122).all() and (pixels[0, 12:18] == 200).all() and (pixels[0, 22:] == 122).all()
+    square = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8))
+    assert torch.equal(model.to_pixels(square, 30, pad=True), model.to_pixels(square, 30))
+
+
+def test_the_convention_is_the_folders_own_unless_named(policy, tmp_path):
+    model.save(policy, tmp_path / "m")
+    assert model.load(tmp_path / "m").template == TEMPLATE
+    named = model.load(tmp_path / "m", convention="original")
+    assert named.pad and named.template.startswith("A chat between a curious user and an artificial")
+    (tmp_path / "m" / "convention.json").unlink()  # a folder of others: LLaVA-1.5 as it was tuned
+    assert model.load(tmp_path / "m").convention == "original"
+    with pytest.raises(ValueError, match="--convention 'new': use one of original, hub"):
+        model.load(tmp_path / "m", convention="new")
+
+
+def test_tokens_beyond_the_tokenizer_are_never_said(policy, tmp_path):
+    """LLaVA-1.5's embeddings have 62 rows more than its tokenizer knows."""
+    model.save(policy, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["text_config"]["vocab_size"] += 5
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(file)
+    for key in ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"):
+        tensors[key] = torch.cat([tensors[key], 50 * torch.randn(5, 128)])
+    save_file(tensors, file, metadata={"format": "pt"})
+    wide = model.load(tmp_path / "m").eval()
+    prompt = data.encode_prompt(wide.tokenizer, QUESTION, wide.template, wide.image_tokens)
+    pixels = torch.rand(1, 3, 64, 64)
+    answers, _ = wide.sample(pixels, [prompt], torch.rand(1, 64, 3, dtype=torch.float64))
+    assert max(max(answer) for answer in answers) < len(wide.tokenizer)
+    assert wide.generate(pixels, [prompt], 3)[0]
+
+
+# ---------------------------------------------------------------------------------------------------- LoRA
+
+
+def test_adapters_start_as_nothing_and_merge_into_the_weights(policy, tmp_path, images):
+    model.save(policy, tmp_path / "m")
+    plain, tuned = model.load(tmp_path / "m").eval(), model.load(tmp_path / "m", lora_rank=4).eval()
+    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None], policy.pad_id)
+    with torch.no_grad():
+        before = plain.logps(batch)
+        assert torch.equal(tuned.logps(batch), before)
+        for name, parameter in tuned.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_(std=0.02)
+        changed = tuned.logps(batch)
+        assert (changed - before).abs().max() > 0.01
+        with model.without_lora(tuned):
+            assert torch.equal(tuned.logps(batch), before)
+    model.save(tuned, tmp_path / "merged")
+    with torch.no_grad():
+        merged = model.load(tmp_path / "merged").eval().logps(batch)
+    assert torch.allclose(merged, changed, atol=1e-4)
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(
+        load_file(tmp_path / "m" / "model.safetensors")
+    )
+
+
+def test_only_adapters_are_trained_and_both_get_gradients(policy, tmp_path, images):
+    model.save(policy, tmp_path / "m")
+    tuned = model.load(tmp_path / "m", lora_rank=4)
+    trained = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+    linear = [
+        n
+        for n, m in tuned.hf.named_modules()
+        if isinstance(m, torch.nn.Linear) and "vision" not in n and n != "lm_head"
+    ]
+    assert trained == {f"hf.{name}.lora_{x}" for name in linear for x in "ab"}
+    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None], policy.pad_id)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_()
+    tuned.logps(batch).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tuned.parameters() if p.requires_grad)
 
 
 def load_file_without(whole, folder, key):
@@ -173,7 +313,7 @@ ASKED = ["Is there a cup in the picture?", QUESTION, "How many objects are in th
 
 
 def prompts_of(policy):
-    return [data.encode_prompt(policy.tokenizer, q, model.TEMPLATE, policy.image_tokens) for q in ASKED]
+    return [data.encode_prompt(policy.tokenizer, q, policy.template, policy.image_tokens) for q in ASKED]
 
 
 def test_sampled_logps_equal_those_of_the_training_pass(policy, images):
@@ -202,7 +342,7 @@ def test_an_answer_depends_on_its_question_and_its_numbers_only(policy, images):
 
 def test_samples_follow_the_models_own_distribution(policy, images):
     prompt, pixels = prompts_of(policy)[0], model.to_pixels(images[0], 64)[None]
-    inputs = policy.processor(images=images[0], text=model.TEMPLATE.format(question=ASKED[0]), return_tensors="pt")
+    inputs = policy.processor(images=images[0], text=policy.template.format(question=ASKED[0]), return_tensors="pt")
     with torch.no_grad():  # by plain transformers code
         share = policy.hf(**inputs).logits[0, -1].double().softmax(-1)
     share[policy.image_id] = 0

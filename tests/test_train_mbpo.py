@@ -136,7 +136,7 @@ def test_rewards_of_a_rollout_by_hand(policy, monkeypatch, tmp_path):
         return said, [[-1.0] * len(answer) for answer in said]
 
     monkeypatch.setattr(policy, "sample", sample)
-    settings = (policy.tokenizer, model.TEMPLATE, policy.image_tokens, 999)
+    settings = (policy.tokenizer, policy.template, policy.image_tokens, 999)
     rows = [data.question_row(QUESTION, *settings)]
     (group,), sums = train_mbpo.rollout(policy, policy, [QUESTION], rows, [0], config, 0, tmp_path)
     rewards = [1.5, 0.5, 1.0, 1.0]
