@@ -259,20 +259,17 @@ QUESTION_MIX = {"partner": 0.35, "yesno": 0.15, "choice": 0.2, "number": 0.15, "
 def closed_questions(records, count, rng):
     """`count` closed-ended questions (format: data.py) about toy scenes, as QUESTION_MIX has it, in random order."""
     pairs, asked = rng.permutation(partner_pairs(records)), []
-    for kind, share in QUESTION_MIX.items():
-        for n in range(round(count * share)):
-            if kind == "partner":
+    ends = np.round(np.cumsum(list(QUESTION_MIX.values())) * count).astype(int).tolist()
+    for kind, start, end in zip(QUESTION_MIX, [0, *ends], ends, strict=False):
+        for n in range(end - start):
+            if kind == "partner" and len(pairs):  # in a world of a few scenes there may be none
                 partner, *scenes = pairs[n // 2 % len(pairs)]
                 i, question, answer, choices = int(scenes[n % 2]), toy.yesno(partner), ("Yes", "No")[n % 2], []
             else:
                 i = rng.integers(len(records))
                 objects = [(o["colour"], o["word"]) for o in records[i]["objects"]]
-                question, answer, choices = toy.closed_question(kind, objects, rng)
-            record = {
-                "image": records[i]["image"],
-                "question": question,
-                "kind": "yesno" if kind == "partner" else kind,
-            }
+                question, answer, choices = toy.closed_question(kind.replace("partner", "yesno"), objects, rng)
+            record = {"image": records[i]["image"], "question": question, "kind": kind.replace("partner", "yesno")}
             asked.append(record | {"answer": answer, "choices": choices, "about": records[i]["id"], "source": "toy"})
     return [{"id": f"closed-{n}", **asked[i]} for n, i in enumerate(rng.permutation(len(asked)))]
 
@@ -539,7 +536,7 @@ class MbpoConfig:
     max_new_tokens: int = knob(128, "answers that do not end within so many tokens are dropped")
     max_length: int = knob(2048, "tokens of image, question and answer; a longer record is an error, never cut")
     skip_bad: bool = knob(False, "drop bad source records, counted by reason, instead of stopping at the first")
-    batch: int = knob(32, "records per forward pass")
+    batch: int = knob(32, "records per forward pass; lower it when memory runs out")
     convention: str = knob("", "how the model sees and is asked: original | hub; empty: what its folder says")
     seed: int = knob(0, "seed of the noise and of the questions")
     sheet: str = knob("", "also draw a contact sheet of the first records into this PNG")
@@ -565,27 +562,31 @@ def pixels_in(flag, text):
     """A size on the scale of pixels in [0, 1], written 4/255 or 0.0157, as a float."""
     try:
         value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):  # also 1/0 and 1e400
         raise ValueError(f"{flag} {text}: not a number. Write it as 4/255 or 0.0157") from None
     if not 0 < value <= 1:
         raise ValueError(f"{flag} {text}: must lie in (0, 1], for pixels do; a common size is 4/255")
     return value
 
 
+def mean_logp(policy, rows, pixels):
+    """The chosen answer's log-probability given the image, nats per token, (B,); see image_gain."""
+    batch = data.pack(rows, pixels, policy.pad_id).to(pixels.device)
+    return policy("logps", batch).sum(1) / batch.answer_mask.sum(1)
+
+
+@torch.no_grad()
 def image_gain(policy, rows, pixels):
     """
-    Image information gain of some records, and what it is made of.
+    Image information gain of some records.
 
     rows      B of data.Row with the chosen answer;   pixels  (B, 3, H, W) in [0, 1]
-    returns   gain (B,) and the chosen answer's mean log-probability given the image (B,), nats per token
+    returns   (B,) nats per token
     """
+    batch = data.pack(rows, pixels, policy.pad_id).to(pixels.device)
     # The paper does not say what the image is compared with: the mean colour is 0 after normalisation.
-    blank = policy.mean.expand_as(pixels)
-    with torch.no_grad():
-        batch, empty = (data.pack(rows, images, policy.pad_id).to(policy.mean.device) for images in (pixels, blank))
-        token_logp = policy("logps", batch)  # (B, T)
-        gain = losses.information_gain(token_logp, policy("logps", empty), batch.answer_mask)
-    return gain, token_logp.sum(1) / batch.answer_mask.sum(1)
+    blank = data.pack(rows, policy.mean.expand_as(pixels), policy.pad_id).to(pixels.device)
+    return losses.information_gain(policy("logps", batch), policy("logps", blank), batch.answer_mask)
 
 
 def attack_images(policy, rows, pixels, noise, kind, eps, alpha=0.0, steps=0):
@@ -605,10 +606,8 @@ def attack_images(policy, rows, pixels, noise, kind, eps, alpha=0.0, steps=0):
     delta = eps * noise
     for _ in range(steps if kind == "pgd" else 0):
         attacked = (pixels + delta).clamp(0, 1).requires_grad_()
-        batch = data.pack(rows, attacked, policy.pad_id).to(pixels.device)
-        mean_logp = policy("logps", batch).sum(1) / batch.answer_mask.sum(1)  # (B,)
         # Each image moves only its own answer, so the gradient of the sum is each one's own.
-        (gradient,) = torch.autograd.grad(mean_logp.sum(), attacked)
+        (gradient,) = torch.autograd.grad(mean_logp(policy, rows, attacked).sum(), attacked)
         delta = (delta - alpha * gradient.sign()).clamp(-eps, eps)
     levels = math.floor(eps * 255 + 1e-6)  # rounded to 8 bits inside the ball, not out of it
     change = (delta * 255).round().clamp(-levels, levels)
@@ -616,7 +615,9 @@ def attack_images(policy, rows, pixels, noise, kind, eps, alpha=0.0, steps=0):
 
 
 REFUSAL = re.compile(
-    r"(i'?m |i am )?(sorry|unable|not able)|i (can'?t|cannot|can not|could not)|as an ai", re.IGNORECASE
+    r"(unfortunately,? |sorry,? )?((i['’]?m |i am )?(sorry|unable|not able)|i (can['’]?t|cannot|can not|could not)\b"
+    r"|i (do not|don['’]?t) see (a|an|any|the) (picture|image|photo)|as an ai)",
+    re.IGNORECASE,
 )
 
 
@@ -650,10 +651,8 @@ def build_mbpo(config):
     device = runtime.device()
     place = functools.partial(runtime.shard, device=device)
     policy = model.load(config.model, convention=config.convention, trained=False, place=place).eval()
-    records, rows = data.encode_records(
-        data.chosen_row, records, source, policy.tokenizer, policy.template, policy.image_tokens, config.max_length,
-        config.skip_bad,
-    )  # fmt: skip
+    encoding = (policy.tokenizer, policy.template, policy.image_tokens, config.max_length)
+    records, rows = data.encode_records(data.chosen_row, records, source, *encoding, config.skip_bad)
     folder, parts = source.parent, out.with_suffix(".parts")
     runtime.first_alone(lambda: open_parts(parts, config, model.fingerprint(policy, device, folder, records)))
     eps, alpha = pixels_in("--eps", config.eps), pixels_in("--alpha", config.alpha)
@@ -661,8 +660,7 @@ def build_mbpo(config):
 
     def gain_of(pick):
         pixels = model.load_pixels(policy, folder, [records[i]["image"] for i in pick]).to(device)
-        gains, logps = image_gain(policy, [rows[i] for i in pick], pixels)
-        return [{"iig": gain, "logp": logp} for gain, logp in zip(gains.tolist(), logps.tolist(), strict=True)]
+        return [{"iig": gain} for gain in image_gain(policy, [rows[i] for i in pick], pixels).tolist()]
 
     found = in_parts(parts, "gain", range(len(records)), config.batch, gain_of, policy)
     gains = np.array([line["iig"] for line in found])
@@ -679,9 +677,9 @@ def build_mbpo(config):
         noise = torch.from_numpy(np.stack(draws)).float().to(device)
         chosen = [rows[i] for i in pick]
         attacked = attack_images(policy, chosen, pixels, noise, config.attack, eps, alpha, config.steps)
-        _, logps = image_gain(policy, chosen, attacked)
         with torch.no_grad():
             answers, ended = policy("generate", attacked, [row.prefix for row in chosen], config.max_new_tokens)
+            fall = mean_logp(policy, chosen, pixels) - mean_logp(policy, chosen, attacked)
         lines = []
         for k, i in enumerate(pick):
             name = f"{i:06}.png"
@@ -692,8 +690,14 @@ def build_mbpo(config):
             line = {key: records[i][key] for key in SOURCE_FIELDS} | {"rejected": answers[k]}
             line |= {"image_attacked": f"{out.stem}_attacked/{name}", "iig": found[i]["iig"], "attack": used}
             # How many nats per token the attack took from the chosen answer.
-            line |= {"fall": found[i]["logp"] - logps[k].item(), "source": records[i].get("source", "")}
-            lines.append(line | {"dropped": why_drop(answers[k], records[i]["chosen"], ended[k])})
+            line |= {"fall": fall[k].item(), "source": records[i].get("source", "")}
+            reason = why_drop(answers[k], records[i]["chosen"], ended[k])
+            if not reason:
+                try:  # what is kept can be trained on
+                    data.pair_row(line, *encoding)
+                except data.BadRecord as error:
+                    reason = error.reason
+            lines.append(line | {"dropped": reason})
         return lines
 
     mined = in_parts(parts, "attack", kept.tolist(), config.batch, mine, policy)
@@ -713,7 +717,8 @@ def open_parts(parts, config, fingerprint):
             raise ValueError(f"{parts}: an unfinished build with {told}. Finish it so, or delete that folder")
         print(f"going on with the unfinished build in {parts}")
     else:
-        (parts / "attacked").mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(parts, ignore_errors=True)  # of a build that was stopped before it began
+        (parts / "attacked").mkdir(parents=True)
         runtime.write_text(path, json.dumps(settings))
 
 
@@ -740,27 +745,32 @@ def in_parts(parts, name, items, batch, work, policy):
 
 
 def finish_mbpo(config, out, parts, records, mined, pad):
-    """Put the parts together: attacked images, records, what was dropped, questions; then the parts can go."""
-    images = out.with_name(f"{out.stem}_attacked")
-    if (parts / "attacked").is_dir():  # else it was moved before this was interrupted
-        out.unlink(missing_ok=True)  # an older build; whole until now
-        shutil.rmtree(images, ignore_errors=True)
-        (parts / "attacked").rename(images)
+    """Put the parts together: what was dropped, attacked images, questions, records; then the parts can go."""
+    images, gone = out.with_name(f"{out.stem}_attacked"), parts.with_suffix(".parts.tmp")
     reasons = Counter(line["dropped"] for line in mined if line["dropped"])
     rows = [{k: v for k, v in line.items() if k != "dropped"} for line in mined if not line["dropped"]]
+    runtime.write_jsonl(out.with_name(f"{out.stem}_dropped.jsonl"), [line for line in mined if line["dropped"]])
+    shutil.rmtree(gone, ignore_errors=True)
+    if rows:
+        if (parts / "attacked").is_dir():  # else it was moved before this was interrupted
+            out.unlink(missing_ok=True)  # an older build, whole until now
+            shutil.rmtree(images, ignore_errors=True)
+            (parts / "attacked").rename(images)
+        if config.questions and all(record.get("source") == "toy" for record in records):
+            asked = closed_questions(records, config.questions, np.random.default_rng([config.seed, 5]))
+            runtime.write_jsonl(out.with_name(f"{out.stem}_closed.jsonl"), asked)
+            print(f"wrote {out.stem}_closed.jsonl: {len(asked)} closed-ended questions")
+        elif config.questions:
+            print("no closed-ended questions: they are made for the toy world only. Train with --questions <your own>")
+        runtime.write_jsonl(out, rows)
+    parts.rename(gone)  # at once: half of the parts must never be taken for an unfinished build
+    shutil.rmtree(gone)
+    dropped = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "none"
     if not rows:
         raise ValueError(
-            f"{config.source}: no mined answer can be used; dropped: {dict(reasons)}. Look at "
-            f"{out.stem}_dropped.jsonl and change --eps or --attack"
+            f"{config.source}: no mined answer can be used; dropped: {dropped}. Look at {out.stem}_dropped.jsonl, and "
+            "change --eps or --attack"
         )
-    runtime.write_jsonl(out.with_name(f"{out.stem}_dropped.jsonl"), [line for line in mined if line["dropped"]])
-    if config.questions and all(record.get("source") == "toy" for record in records):
-        asked = closed_questions(records, config.questions, np.random.default_rng([config.seed, 5]))
-        runtime.write_jsonl(out.with_name(f"{out.stem}_closed.jsonl"), asked)
-        print(f"wrote {out.stem}_closed.jsonl: {len(asked)} closed-ended questions")
-    runtime.write_jsonl(out, rows)
-    shutil.rmtree(parts)
-    dropped = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "none"
     print(f"wrote {out}: {len(rows)} records; dropped: {dropped} (kept in {out.stem}_dropped.jsonl)")
     if config.sheet:
         draw_attacks(rows[:8], out.parent, config.sheet, pad)
@@ -826,7 +836,9 @@ def main(argv=None):
             f"--out {config.out}/mfpo.jsonl")  # fmt: skip
     else:
         base = "" if Path(config.model) == Path(config.out).parent / "base" else f"--model {config.model} "
-        say(f"next: torchrun train_{argv[0]}.py {base}--data {config.out}")
+        closed = Path(config.out).with_name(f"{Path(config.out).stem}_closed.jsonl")
+        alone = "" if argv[0] == "mfpo" or closed.is_file() else " --online_fraction 0"
+        say(f"next: torchrun train_{argv[0]}.py {base}--data {config.out}{alone}")
 
 
 if __name__ == "__main__":

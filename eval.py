@@ -66,20 +66,25 @@ def closed_answer(text, question):
     choice   a letter, alone or in front as "B." or "(B)", or in "the answer is B"; or the letter of the option's text
     number   the only number in the text, in digits
     word     the one of "choices" that occurs; without choices the whole text, but for articles and case
+
+    A letter with others after it ("A. B. C.") is no answer; "A. cup" is.
     """
     kind, choices = question["kind"], question.get("choices", [])
     if kind == "yesno":
         words = set(plain(text).split())
         found = [word for word, signs in (("Yes", {"yes"}), ("No", {"no", "not"})) if words & signs]
     elif kind == "choice":
-        found = re.findall(r"^\(?([A-Z])\)?(?:[.):]|$)", text.strip())
-        found = found or re.findall(r"(?i:the answer is) \(?([A-Z])\b", text)
-        found = found or [data.LETTERS[i] for i, option in enumerate(choices) if plain(option) == plain(text)]
-        found = [letter for letter in found if letter in data.LETTERS[: len(choices)]]
+        found = set(re.findall(r"(?i:the answer is) \(?([A-Z])\b", text))
+        if re.match(r"\(?[A-Z](?:[.):]|$)", text.strip()):
+            found = set(re.findall(r"(?<!\w)\(?([A-Z])(?:[.):]|$)", text.strip()))  # in front, and no other after it
+        found = found or {data.LETTERS[i] for i, option in enumerate(choices) if plain(option) == plain(text)}
+        found = [letter for letter in found if letter in data.LETTERS[: len(choices)]] if len(found) == 1 else []
     elif kind == "number":
-        found = [digits.lstrip("0") or "0" for digits in re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3})", "", text))]
+        bare = re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", text)
+        found = [digits.lstrip("0") or "0" for digits in re.findall(r"[0-9]+", bare)]
     elif choices:
-        found = [choice for choice in choices if f" {plain(choice)} " in f" {plain(text)} "]
+        found = [choice for choice in choices if plain(choice) == plain(text)]  # "dark red" where "red" is one too
+        found = found or [choice for choice in choices if f" {plain(choice)} " in f" {plain(text)} "]
     else:
         found = [plain(text)] if plain(text) else []
     return found[0] if len(found) == 1 else None
@@ -96,9 +101,14 @@ def is_right(text, question):
 
 
 def in_form(text, question):
-    """Is the text an answer in the form asked for and nothing else: Yes or No, a letter, digits, the word itself?"""
+    """Is the text an answer in the form asked for and nothing else: Yes or No, a letter, digits, so many words?"""
     said, answer = text.strip().removesuffix(".").lower(), closed_answer(text, question)
-    return answer is not None and said in (answer.lower(), f"({answer.lower()})")
+    if answer is None:
+        return False
+    if question["kind"] == "word":
+        length = len(plain(question["answer"]).split())
+        return plain(said) == plain(answer) and (bool(question.get("choices")) or len(plain(said).split()) == length)
+    return said in (answer.lower(), f"({answer.lower()})")
 
 
 def caption_counts(caption, objects):

@@ -187,6 +187,7 @@ class Policy(nn.Module):
                   it was reached; and their log-probabilities, lists of float32 nats, as `logps` gives them
         """
         group, limit = uniform.shape[1:]
+        assert uniform.dtype == torch.float64 and uniform.max() < 1, uniform.dtype
         uniform, eos = uniform.flatten(0, 1).to(pixels.device), self.tokenizer.eos_token_id
         ids, mask = self.left_padded(prompts)
         position = (mask.cumsum(1) - 1).clamp(min=0)
@@ -438,6 +439,16 @@ def without_lora(policy):
         LoraLinear.scale = scale
 
 
+def digest(folder, records):
+    """A name for records and the content of their images."""
+    sha = hashlib.sha256(json.dumps(records, sort_keys=True).encode())
+    for record in records:
+        for field in ("image", "image_rejected"):
+            if field in record:
+                sha.update(image_path(folder, record[field]).read_bytes())
+    return sha.hexdigest()[:16]
+
+
 def fingerprint(policy, device, folder, records):
     """
     A name for everything that the reference log-probabilities depend on: weights, tokenizer, template, image
@@ -448,20 +459,9 @@ def fingerprint(policy, device, folder, records):
         with open(file, "rb") as content:
             while block := content.read(1 << 24):
                 sha.update(block)
-    settings = [
-        policy.template,
-        policy.pad,
-        policy.mean.tolist(),
-        policy.std.tolist(),
-        device.type,
-        policy.hf.config.to_dict(),
-    ]
-    settings += [policy.tokenizer.backend_tokenizer.to_str(), records]
+    settings = [policy.template, policy.pad, policy.mean.tolist(), policy.std.tolist(), device.type]
+    settings += [policy.hf.config.to_dict(), policy.tokenizer.backend_tokenizer.to_str(), digest(folder, records)]
     sha.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for record in records:
-        for field in ("image", "image_rejected"):
-            if field in record:
-                sha.update(image_path(folder, record[field]).read_bytes())
     return sha.hexdigest()[:16]
 
 

@@ -188,7 +188,7 @@ def micro_batches(per_step, per_gpu, name="pairs"):
         below = max(together, per_step // together * together)
         raise ValueError(
             f"--{name}_per_step {per_step} does not divide into {world()} processes x --{name}_per_gpu {per_gpu}; "
-            f"the nearest sizes that do are {below} and {below + together}"
+            f"the nearest sizes that do are {below} and {below + together}. Or lower --{name}_per_gpu"
         )
     return per_step // together
 
@@ -211,19 +211,27 @@ def shard(policy, device, recompute=False):
         for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     empty = any(p.is_meta for p in policy.parameters())
-    if world() > 1:
-        options = {"mesh": init_device_mesh(device.type, (world(),))}
-        if device.type == "cuda":
-            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for layer in [*policy.hf.model.vision_tower.encoder.layers, *layers]:
-            fully_shard(layer, **options)
-        fully_shard(policy, **options)
-    elif device.type == "cuda":
-        policy.autocast = True
+    if device.type == "cuda":
+        policy.autocast = world() == 1
+        # Under FSDP the weights of a part must be of one kind, so a model that is trained in part stays in float32.
+        half = world() == 1 or not any(p.requires_grad for p in policy.parameters())
         for parameter in policy.parameters():
-            if not parameter.requires_grad:
+            if half and not parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
+    if world() > 1:
+        slice_layers(policy, init_device_mesh(device.type, (world(),)), half=device.type == "cuda")
     return policy.to_empty(device=device) if empty else policy.to(device)
+
+
+def slice_layers(policy, mesh, half):
+    """FSDP2 over all layers and the root; with `half` the computation runs in bfloat16."""
+    layers = [*policy.hf.model.vision_tower.encoder.layers, *policy.hf.model.language_model.layers]
+    # The root's arguments stay as they are: pixels in bfloat16 lose an attack's small steps, and numbers that pick
+    # tokens lose all but 8 bits.
+    options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if half else {}
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(**options))
+    fully_shard(policy, mesh=mesh, mp_policy=MixedPrecisionPolicy(**options, cast_forward_inputs=False))
 
 
 @contextmanager

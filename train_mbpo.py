@@ -3,14 +3,15 @@ MBPO (arXiv:2506.08022): GRPO on a mix of pairs mined with an attack on the imag
 the policy answers itself and a rule rewards.
 
     laptop   torchrun train_mbpo.py
-    8 GPUs   torchrun --standalone --nproc_per_node=8 train_mbpo.py --model <hf id or folder> --data <folder>
+    8 GPUs   torchrun --standalone --nproc_per_node=8 train_mbpo.py --model <hf id or folder> --data <folder> \
+                 --groups_per_gpu 2 --learning_rate 1e-6 --recompute True
 
 reads    <data>/mbpo.jsonl and <data>/mbpo_closed.jsonl with their images (format: data.py)
 writes   out/<run>/{config.json, metrics.jsonl, step_00050/, final/, eval.json}; continue with --resume out/<run>
+expect   laptop: CHAIR_s @@ -> @@, yes/no about partners @@ -> @@ (README.md)
 """
 
 import functools
-import hashlib
 import json
 import math
 import sys
@@ -110,17 +111,16 @@ class Group:
     pixels: torch.Tensor  # (3, H, W) in [0, 1]
     advantages: torch.Tensor  # (G,)
     ref_logp: list  # G lists of log-probabilities of the answers' tokens under the frozen reference, float32 nats
-    old_logp: list  # the same under the policy that said them; None for a pair, which no policy of ours said
-    is_pair: bool
+    said_logp: list  # the same as the sampler computed them; None for a pair, which no policy of ours said
 
 
 def reference_pass(policy, records, rows, folder, name, batch):
     """
-    One pass without gradients over the mined pairs, cached in ref_<name>.jsonl beside them.
+    One pass without gradients over the mined pairs, cached in ref_mbpo_<name>.jsonl beside them.
 
     returns  for each record [chosen, rejected], each a list of log-probabilities of its tokens, float32 nats
     """
-    path = folder / f"ref_{name}.jsonl"
+    path = folder / f"ref_mbpo_{name}.jsonl"
     if not runtime.first_alone(path.is_file):
         mine, found = runtime.my_share(range(len(records))), []
         with torch.no_grad(), runtime.summoned(policy):
@@ -149,15 +149,6 @@ def padded(lists, mask):
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
 
 
-def set_old(groups, token_logp, mask):
-    """Pairs were said by no policy of ours: what stands for the one that said them is the policy before the update."""
-    if any(group.is_pair for group in groups):
-        now = iter(listed(token_logp.detach(), mask))
-        for group in groups:
-            mine = [next(now) for _ in group.row.answers]
-            group.old_logp = mine if group.is_pair else group.old_logp
-
-
 def uniforms(seed, step, question, group, tokens):
     """(G, T) numbers in [0, 1) for one question in one step: the same on any number of processes and after a resume."""
     return torch.from_numpy(np.random.default_rng([seed, 1, step, question]).random((group, tokens)))
@@ -182,7 +173,7 @@ def rollout(policy, ref, questions, rows, picked, config, step, folder):
             pick = picked[i : i + config.groups_per_gpu]
             pixels = model.load_pixels(policy, folder, [questions[j]["image"] for j in pick]).to(policy.mean.device)
             draws = torch.stack([uniforms(config.seed, step, j, config.group, config.max_new_tokens) for j in pick])
-            answers, old_logp = policy("sample", pixels, [rows[j].prefix for j in pick], draws)  # N * G each
+            answers, said_logp = policy("sample", pixels, [rows[j].prefix for j in pick], draws)  # N * G each
             for k, j in enumerate(pick):
                 mine = slice(k * config.group, (k + 1) * config.group)
                 texts = policy.texts(answers[mine])
@@ -192,7 +183,7 @@ def rollout(policy, ref, questions, rows, picked, config, step, folder):
                 form = [float(eval.in_form(text, questions[j]) and end) for text, end in zip(texts, ended, strict=True)]
                 rewards = correct + config.format_reward * torch.tensor(form)  # (G,)
                 row = data.Row(rows[j].prefix, answers[mine], rows[j].id)
-                groups.append(Group(row, pixels[k], group_advantages(rewards[None])[0], None, old_logp[mine], False))
+                groups.append(Group(row, pixels[k], group_advantages(rewards[None])[0], None, said_logp[mine]))
                 sums["reward"] += rewards.sum().item()
                 sums["correct"] += correct.sum().item()
                 sums["format"] += sum(form)
@@ -294,7 +285,7 @@ def main():
         f"(of {len(questions)}) x {config.group} answers; {runtime.world()} process(es) on {device.type}"
     )
     optimizer = runtime.adamw(policy, config.weight_decay)
-    identity = hashlib.sha256(json.dumps([reference, questions]).encode()).hexdigest()[:16]
+    identity = runtime.first_alone(lambda: f"{reference}-{model.digest(questions_path.parent, questions)}")
     first_step = 0
     if config.resume:
         found = runtime.checkpoints(run)
@@ -320,36 +311,44 @@ def main():
             pixels = model.load_pixels(policy, folder, [records[i]["image"] for i in my_pairs]).to(device)
             # The paper's fixed rewards: 2 for the chosen answer, 0 for the mined one, so advantages of +1 and -1.
             advantages = group_advantages(torch.tensor([[2.0, 0.0]]))[0]
-            groups = [Group(rows[i], pixels[k], advantages, ref_logp[i], None, True) for k, i in enumerate(my_pairs)]
+            groups = [Group(rows[i], pixels[k], advantages, ref_logp[i], None) for k, i in enumerate(my_pairs)]
         if online:
             my_questions = [int(i) for kind, i in mine if kind == "question"]
-            sampled, sums = rollout(policy, ref, questions, question_rows, my_questions, config, step, folder)
-            groups += sampled
+            new, sums = rollout(
+                policy, ref, questions, question_rows, my_questions, config, step, questions_path.parent
+            )
+            groups += new
         sampled_at, tokens = time.perf_counter(), sum(len(answer) for g in groups for answer in g.row.answers)
 
         # ------------------------------------------------ update: GRPO on all groups
-        totals, gap, gnorms = 0, torch.zeros((), device=device), []
+        totals, gap, gnorms, old_logps = 0, torch.zeros((), device=device), [], []
         for update in range(config.updates_per_rollout):
             for micro in range(micro_batches):
                 some = groups[micro * config.groups_per_gpu : (micro + 1) * config.groups_per_gpu]
                 packed = pack_groups(some, policy)
                 token_logp, mask = policy("logps", packed), packed.answer_mask  # (A, T), A answers of all groups
+                now = token_logp.detach()
                 if update == 0:
-                    set_old(some, token_logp, mask)
-                old = padded([answer for g in some for answer in g.old_logp], mask)
+                    # The policy that said an answer is the one before the update, and stands for it with pairs too,
+                    # which nobody of ours said. DEVIATION from GRPO's letter: not the sampler's own numbers, which in
+                    # bfloat16 differ by up to 0.2 nats and would be clipped as if the policy had moved.
+                    old_logps.append(now)
                 fixed = padded([answer for g in some for answer in g.ref_logp], mask)
                 advantage = torch.cat([g.advantages for g in some]).to(device)  # (A,)
-                loss, clipped, kl = grpo_loss(token_logp, old, fixed, advantage, mask, config.clip, config.kl)
+                loss, clipped, kl = grpo_loss(
+                    token_logp, old_logps[micro], fixed, advantage, mask, config.clip, config.kl
+                )
                 # The mean over the answers of a group, then over the groups of the step: a pair weighs as much as a
                 # question. FSDP averages over the ranks, so each multiplies by their number.
                 weight = torch.cat([torch.full_like(g.advantages, 1 / len(g.advantages)) for g in some]).to(device)
                 loss, clipped, kl = ((v * weight).sum() / config.groups_per_step for v in (loss, clipped, kl))
                 (loss * runtime.world()).backward()
-                now = token_logp.detach()
                 shift = (now - fixed).sum(1).split([len(g.advantages) for g in some])  # h of the answers of each group
-                of_pairs = [h for h, g in zip(shift, some, strict=True) if g.is_pair] or [now.new_zeros(2)]
-                if update == 0:
-                    gap = torch.maximum(gap, (now - old).abs().max())
+                of_pairs = [h for h, g in zip(shift, some, strict=True) if g.said_logp is None] or [now.new_zeros(2)]
+                sampled = torch.tensor([g.said_logp is not None for g in some for _ in g.row.answers])
+                if update == 0 and sampled.any():
+                    said = padded([answer for g in some for answer in g.said_logp or []], mask[sampled])
+                    gap = torch.maximum(gap, (now[sampled] - said).abs().max())
                 totals += torch.stack([loss.detach(), clipped, kl, *torch.stack(of_pairs).sum(0)])
             gnorms.append(runtime.clip_gradients(policy, config.clip_norm))
             if not math.isfinite(gnorms[-1]):  # the norm is over all ranks, so all of them stop

@@ -2,10 +2,12 @@
 MFPO (arXiv:2410.15334): preference tuning on pairs that differ in the answer or in the image, easy pairs first.
 
     laptop   torchrun train_mfpo.py
-    8 GPUs   torchrun --standalone --nproc_per_node=8 train_mfpo.py --model <hf id or folder> --data <folder>
+    8 GPUs   torchrun --standalone --nproc_per_node=8 train_mfpo.py --model <hf id or folder> --data <folder> \
+                 --pairs_per_gpu 2 --learning_rate 1e-6 --recompute True
 
 reads    <data>/mfpo.jsonl and its images (format: data.py)
 writes   out/<run>/{config.json, metrics.jsonl, step_00050/, final/, eval.json}; continue with --resume out/<run>
+expect   laptop: CHAIR_s .51 -> .12, recall .94 -> .92 in under 3 minutes (README.md)
 """
 
 import functools

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ from PIL import Image
 import build_data
 import data
 import model
+import runtime
 import toy
 
 MEAN, STD = np.array([0.48, 0.46, 0.41]), np.array([0.27, 0.26, 0.28])
@@ -213,12 +215,22 @@ def test_an_attack_stays_in_the_ball_after_rounding(policy, attacked, kind, eps)
 
 def test_an_attack_lowers_the_chosen_answer_and_noise_does_not(policy, attacked):
     rows, pixels, noise = attacked
-    _, clean = build_data.image_gain(policy, rows, pixels)
+    clean = build_data.mean_logp(policy, rows, pixels)
     falls = {}
     for kind in ("pgd", "random"):
         out = build_data.attack_images(policy, rows, pixels, noise, kind, 4 / 255, 1 / 255, 10)
-        falls[kind] = clean - build_data.image_gain(policy, rows, out)[1]
+        falls[kind] = clean - build_data.mean_logp(policy, rows, out)
     assert (falls["pgd"] > 0).all() and (falls["pgd"] > 5 * falls["random"].abs()).all()
+
+
+def test_what_is_attacked_is_an_image(policy, attacked, monkeypatch):
+    """Also on the way: pixels that leave [0, 1] would buy the attack a likelihood that no image has."""
+    rows, pixels, noise = attacked
+    seen, honest = [], policy.logps
+    monkeypatch.setattr(policy, "logps", lambda batch: seen.append(batch.pixels.detach()) or honest(batch))
+    build_data.attack_images(policy, rows, pixels, noise, "pgd", 32 / 255, 16 / 255, 3)
+    assert len(seen) == 3 and all(images.min() >= 0 and images.max() <= 1 for images in seen)
+    assert (seen[0] - (pixels + 32 / 255 * noise).clamp(0, 1)).abs().max() < 1e-6  # from a random start
 
 
 def test_the_step_of_the_attack_goes_downhill_by_finite_differences(policy, attacked):
@@ -226,10 +238,7 @@ def test_the_step_of_the_attack_goes_downhill_by_finite_differences(policy, atta
     inside = pixels.clamp(0.1, 0.9).mul(255).round().div(255)  # so that no pixel is held by [0, 1]
     step = build_data.attack_images(policy, rows, inside, torch.zeros_like(noise), "pgd", 1 / 255, 1 / 255, 1) - inside
 
-    def logp(images):  # mean over each answer's tokens, (3,)
-        return build_data.image_gain(policy, rows, images)[1]
-
-    down, here, up = logp(inside + 0.2 * step), logp(inside), logp(inside - 0.2 * step)
+    down, here, up = (build_data.mean_logp(policy, rows, inside + share * step) for share in (0.2, 0, -0.2))
     assert (down < here).all() and (here < up).all()
     assert torch.allclose(here - down, up - here, rtol=0.2)  # a slope, not chance
 
@@ -247,6 +256,10 @@ def test_the_step_of_the_attack_goes_downhill_by_finite_differences(policy, atta
         ("A cup, a pen, a cup, a pen.", "A red cup.", True, ""),
         ("I'm sorry, I cannot see the image.", "A red cup.", True, "refusal"),
         ("As an AI, I look at pixels.", "A red cup.", True, "refusal"),
+        ("I’m sorry, I cannot see.", "A red cup.", True, "refusal"),
+        ("Unfortunately, I cannot see the picture.", "A red cup.", True, "refusal"),
+        ("I do not see a picture.", "A red cup.", True, "refusal"),
+        ("I do not see a cup.", "A red cup.", True, ""),
         ("I can see a red pen.", "A red cup.", True, ""),
     ],
 )
@@ -256,7 +269,7 @@ def test_what_is_dropped(mined, chosen, ended, reason):
 
 def test_gain_is_what_separate_forwards_say(policy, attacked):
     rows, pixels, _ = attacked
-    gain, logp = build_data.image_gain(policy, rows, pixels)
+    gain, logp = build_data.image_gain(policy, rows, pixels), build_data.mean_logp(policy, rows, pixels)
     grey = policy.mean.expand(1, 3, 64, 64)
     with torch.no_grad():
         alone = [policy.logps(data.pack(rows[1:2], p, policy.pad_id)).sum().item() for p in (pixels[1:2], grey)]
@@ -279,7 +292,33 @@ def test_mined_records_say_how_they_were_made(mined):
         )
         assert 0 < np.abs(after - before).max() <= 4
         assert bool(record.get("dropped")) == (record in dropped)
+    assert np.mean([record["fall"] for record in records + dropped]) > 0
     assert not (mined / "mbpo.parts").exists()
+
+
+def test_what_was_mined_was_said_of_the_attacked_image_that_is_kept(mined):
+    policy = model.load(mined / "base").eval()
+    lines = [line for name in ("mbpo", "mbpo_dropped") for _, line in data.read_jsonl(mined / f"{name}.jsonl")][:8]
+    prompts = [data.encode_prompt(policy.tokenizer, r["question"], policy.template, policy.image_tokens) for r in lines]
+    said = {
+        name: policy.generate(model.load_pixels(policy, mined, [line[name] for line in lines]), prompts, 128)[0]
+        for name in ("image_attacked", "image")
+    }
+    assert said["image_attacked"] == [line["rejected"] for line in lines]
+
+
+def test_answers_come_from_attacked_images_and_not_from_clean_ones(world, monkeypatch, tmp_path):
+    """The barely trained model says the same of any image, so here it says how bright the image is."""
+    monkeypatch.setattr(
+        model.Policy,
+        "generate",
+        lambda policy, pixels, prompts, n: ([f"sum {p.sum():.3f}" for p in pixels], [True] * n),
+    )
+    run_here(monkeypatch, build_data, *build_args(world, "bright.jsonl"))
+    policy = model.load(world / "base")
+    for _, line in data.read_jsonl(world / "bright.jsonl"):
+        attacked, clean = model.load_pixels(policy, world, [line["image_attacked"], line["image"]])
+        assert line["rejected"] == f"sum {attacked.sum():.3f}" != f"sum {clean.sum():.3f}"
 
 
 def test_only_the_records_with_most_gain_are_kept(mined):
@@ -287,7 +326,7 @@ def test_only_the_records_with_most_gain_are_kept(mined):
     policy = model.load(mined / "base").eval()
     source = [record for _, record in data.read_jsonl(mined / "preference.jsonl")]
     rows = [data.chosen_row(r, policy.tokenizer, policy.template, policy.image_tokens, 999) for r in source]
-    gains = build_data.image_gain(policy, rows, model.load_pixels(policy, mined, [r["image"] for r in source]))[0]
+    gains = build_data.image_gain(policy, rows, model.load_pixels(policy, mined, [r["image"] for r in source]))
     best = sorted(zip(gains.tolist(), (r["id"] for r in source), strict=True))[5:]
     assert {name for _, name in best} == {line["id"] for line in kept}
 
@@ -362,6 +401,54 @@ def test_one_process_two_processes_and_a_killed_build_give_the_same_files(world,
     assert {name: text.replace(b'"mark"', b'"toy"') for name, text in found.items()} == straight
 
 
+@pytest.mark.parametrize("stop", ["before it began", "before the records", "before the end"])
+def test_a_build_killed_at_its_seams_goes_on_to_the_same_files(world, monkeypatch, stop):
+    run_here(monkeypatch, build_data, *build_args(world, "seam.jsonl"))
+    straight, parts = all_files(world, "seam"), world / "seam.parts"
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if stop == "before it began":  # parts of a build whose settings are gone must not be believed
+            patch.setattr(runtime, "write_text", killed)
+        elif stop == "before the records":  # attacked images are in place, records are not
+            patch.setattr(build_data, "closed_questions", killed)
+        else:
+            patch.setattr(
+                build_data.Path, "rename", lambda path, to: killed() if path == parts else os.rename(path, to)
+            )
+        run_here(patch, build_data, *build_args(world, "seam.jsonl"))
+    if stop == "before it began":
+        (parts / "gain_000000.jsonl").write_text("rubbish")
+    run_here(monkeypatch, build_data, *build_args(world, "seam.jsonl"))
+    assert all_files(world, "seam") == straight and not parts.exists() and not list(world.glob("seam.parts*"))
+
+
+def test_no_usable_answer_leaves_the_older_build_whole(world, monkeypatch, capsys):
+    run_here(monkeypatch, build_data, *build_args(world, "whole.jsonl"))
+    before = all_files(world, "whole")
+    monkeypatch.setattr(build_data, "why_drop", lambda *args: "loop")
+    told = refused(monkeypatch, capsys, build_data, *build_args(world, "whole.jsonl"))
+    assert "no mined answer can be used; dropped: loop 20" in told
+    after = all_files(world, "whole")
+    assert after.pop("_dropped.jsonl").count(b'"dropped": "loop"') == 20
+    assert {name: after[name] for name in before if name != "_dropped.jsonl"} == {
+        name: value for name, value in before.items() if name != "_dropped.jsonl"
+    }
+    assert not (world / "whole.parts").exists()  # so that another --eps can be tried
+
+
+def test_any_count_of_questions_from_any_number_of_scenes():
+    scenes = [
+        {"id": str(i), "image": f"{i}.png", "objects": [{"word": o["kind"], "colour": o["colour"]} for o in objects]}
+        for i, (_, objects, _) in enumerate(toy.scenes("val", 5, 0))
+    ]
+    for count in (1, 3, 10, 13):
+        for some in (1, 2, 5):
+            assert len(build_data.closed_questions(scenes[:some], count, np.random.default_rng(0))) == count
+
+
 def test_an_unfinished_build_with_other_settings_is_not_mixed(world, monkeypatch, capsys):
     parts = world / "other.parts"
     parts.mkdir()
@@ -378,6 +465,8 @@ def test_an_unfinished_build_with_other_settings_is_not_mixed(world, monkeypatch
         (["--eps", "4"], "a common size is 4/255"),
         (["--eps", "four"], "--eps four: not a number"),
         (["--eps", "1/0"], "--eps 1/0: not a number"),
+        (["--eps", "1e400"], "--eps 1e400: not a number"),
+        (["--convention", "mine"], "--convention 'mine': use one of original, hub"),
         (["--eps", "0.001"], "vanishes when the image is rounded"),
         (["--alpha=-1/255"], "--alpha -1/255: must lie"),
         (["--attack", "fgsm"], "use pgd or random"),

@@ -108,6 +108,7 @@ CHOICE = {"kind": "choice", "answer": "B", "choices": ["cup", "red pen", "fork"]
 NUMBER = {"kind": "number", "answer": "3"}
 COLOUR = {"kind": "word", "answer": "red", "choices": ["red", "green"]}
 WORD = {"kind": "word", "answer": "The Eiffel Tower"}
+DARK = {"kind": "word", "answer": "dark red", "choices": ["red", "dark red"]}
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,10 @@ WORD = {"kind": "word", "answer": "The Eiffel Tower"}
         (CHOICE, "D", None, False, False),  # there is no D
         (CHOICE, "A, B, C", None, False, False),
         (CHOICE, "cup fork", None, False, False),
+        (CHOICE, "A. B. C.", None, False, False),
+        (CHOICE, "(A) (B)", None, False, False),
+        (CHOICE, "B. A red pen, not vitamin C.", None, False, False),
+        (NUMBER, "\u0663", None, False, False),  # digits of another script are not the form asked for
         (NUMBER, "3", "3", True, True),
         (NUMBER, "There are 3.", "3", True, False),
         (NUMBER, "03", "3", True, False),
@@ -145,9 +150,12 @@ WORD = {"kind": "word", "answer": "The Eiffel Tower"}
         (COLOUR, "It is red", "red", True, False),
         (COLOUR, "red green", None, False, False),
         (COLOUR, "reddish", None, False, False),
-        (WORD, "the eiffel tower", "eiffel tower", True, False),
+        (WORD, "the eiffel tower", "eiffel tower", True, True),
         (WORD, "Eiffel Tower", "eiffel tower", True, True),
-        (WORD, "tower", "tower", False, True),
+        (WORD, "tower", "tower", False, False),
+        (WORD, "i do not know what it is", "i do not know what it is", False, False),
+        (DARK, "dark red", "dark red", True, True),
+        (DARK, "it is dark red", None, False, False),  # names "red" as well
     ],
 )  # fmt: skip
 def test_answers_to_closed_ended_questions(question, text, said, right, form):

@@ -6,12 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import data
 import model
+import runtime
 import toy
 
 QUESTION = "Describe the picture."
@@ -372,3 +375,29 @@ def test_sampling_stops_at_the_end_token(policy, images):
             hf_head.copy_(before)
     assert answers == [[0, 0, eos], [0] * 5]
     assert [v for logp in logps for v in logp] == pytest.approx([-np.log(count)] * 8, abs=1e-5)
+
+
+def test_half_precision_does_not_touch_what_picks_the_tokens(policy, images, tmp_path):
+    """FSDP casts what its root is given: in bfloat16 one number in 500 would become 1, and pick the last token."""
+    runtime.start()
+    try:
+        model.save(policy, tmp_path / "m")
+        sliced = model.load(tmp_path / "m", trained=False, place=place_in_half).eval()
+        numbers = np.random.default_rng(0).random((1, 4000, 2))
+        numbers[0, :100, 0] = 1 - 1e-9  # what is almost 1 picks the last token that has a share, and is no error
+        pixels = model.to_pixels(images[0], 64)[None]
+        answers, _ = sliced("sample", pixels, prompts_of(policy)[:1], torch.from_numpy(numbers))
+        last = max(answer[0] for answer in answers)
+        assert sum(answer[0] == last for answer in answers) < 100 + 4000 / 20
+        seen = []
+        vision = sliced.hf.model.vision_tower.forward
+        sliced.hf.model.vision_tower.forward = lambda x, **k: seen.append(x.dtype) or vision(x, **k)
+        sliced("sample", pixels, prompts_of(policy)[:1], torch.from_numpy(numbers[:, :1]))
+        assert seen == [torch.float32]
+    finally:
+        dist.destroy_process_group()
+
+
+def place_in_half(policy):
+    runtime.slice_layers(policy, init_device_mesh("cpu", (1,)), half=True)
+    return policy.to_empty(device="cpu")

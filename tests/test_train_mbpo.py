@@ -15,7 +15,9 @@ from transformers import LlavaForConditionalGeneration
 import data
 import model
 import runtime
+import toy
 import train_mbpo
+import train_mfpo
 
 # 2 pairs and 2 questions a step, in two forward passes.
 SMALL = ["--groups_per_step", 4, "--groups_per_gpu", 2, "--group", 4, "--warmup_steps", 1, "--steps", 3,
@@ -145,15 +147,122 @@ def test_rewards_of_a_rollout_by_hand(policy, monkeypatch, tmp_path):
     assert group.advantages.tolist() == pytest.approx([(r - mean) / (std + 1e-4) for r in rewards], rel=1e-4)
     assert sums == {"reward": 4.0, "correct": 3.0, "format": 2.0, "unparsed": 0.0, "length": 10, "equal": 0.0}
     assert group.row.answers == said and [len(logp) for logp in group.ref_logp] == [2, 2, 3, 3]
+    said[3] = [yes, yes, yes]  # as asked, were it not cut off
+    (group,), sums = train_mbpo.rollout(policy, policy, [QUESTION], rows, [0], config, 0, tmp_path)
+    assert sums["format"] == 2.0
+    said[3] = [yes]
+    (group,), sums = train_mbpo.rollout(policy, policy, [QUESTION], rows, [0], config, 0, tmp_path)
+    assert sums["format"] == 2.0 and sums["correct"] == 3.0
     said[:] = [[cup, eos]] * 4  # rubbish is worth nothing and is counted
     (group,), sums = train_mbpo.rollout(policy, policy, [QUESTION], rows, [0], config, 0, tmp_path)
     assert group.advantages.tolist() == [0.0] * 4
     assert sums["unparsed"] == 4 and sums["equal"] == 4 and sums["reward"] == 0
 
 
+def test_samples_are_scored_under_the_reference(policy, monkeypatch, tmp_path):
+    config = train_mbpo.Config(group=2, max_new_tokens=3, groups_per_gpu=1)
+    monkeypatch.setattr(model, "load_pixels", lambda policy, folder, names: torch.zeros(len(names), 3, 64, 64))
+    other = toy.build_policy(seed=1).eval()
+    rows = [data.question_row(QUESTION, policy.tokenizer, policy.template, policy.image_tokens, 999)]
+    (group,), _ = train_mbpo.rollout(policy, other, [QUESTION], rows, [0], config, 0, tmp_path)
+    packed = train_mbpo.pack_groups([group], other)
+    with torch.no_grad():
+        under = {name: who.logps(packed) for name, who in (("ref", other), ("said", policy))}
+    for name, found in (("ref", group.ref_logp), ("said", group.said_logp)):
+        assert torch.allclose(train_mbpo.padded(found, packed.answer_mask), under[name], atol=1e-4)
+    assert (under["ref"] - under["said"]).abs().max() > 0.1
+
+
+def test_draws_differ_between_steps_and_questions():
+    draws = [train_mbpo.uniforms(0, step, question, 2, 3) for step in (0, 1) for question in (0, 1)]
+    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 4
+    assert torch.equal(draws[0], train_mbpo.uniforms(0, 0, 0, 2, 3))
+
+
+def test_pairs_are_clipped_too_when_the_policy_has_moved(mined, tmp_path, monkeypatch):
+    args = ["--data", mined, "--eval_split", "none", *SMALL, "--online_fraction", 0, "--updates_per_rollout", 2]
+    assert run_here(monkeypatch, *args, "--learning_rate", 1e-2, "--out", tmp_path / "run") == 0
+    assert all(step["clipped"] > 0 for step in metrics(tmp_path / "run"))
+
+
+def test_one_step_by_hand(mined, tmp_path, monkeypatch):
+    """Loss, gradient and first update of one pair and one question of four answers, written plainly."""
+    args = ["--data", mined, "--eval_split", "none", *SMALL, "--groups_per_step", 2, "--steps", 1, "--warmup_steps", 4]
+    args += ["--learning_rate", 4e-3, "--clip_norm", 1e9]
+    seen, honest = [], train_mbpo.pack_groups
+    monkeypatch.setattr(train_mbpo, "pack_groups", lambda groups, p: seen.append(groups) or honest(groups, p))
+    assert run_here(monkeypatch, *args, "--out", tmp_path / "run") == 0
+    pair, question = seen[-1]
+    policy = model.load(mined / "base").train()
+    loss = 0
+    for group in (pair, question):
+        advantages = [0.9999, -0.9999] if group is pair else group.advantages.tolist()
+        for answer, advantage in zip(group.row.answers, advantages, strict=True):
+            batch = data.pack([data.Row(group.row.prefix, [answer])], group.pixels[None], policy.pad_id)
+            logp = policy.logps(batch)[0]
+            # The ratio's gradient where it is 1 is that of logp; the KL's is 0 where policy and reference are one.
+            loss = loss - advantage * logp.mean() / len(advantages) / 2
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm().item()
+    assert metrics(tmp_path / "run")[0]["gnorm"] == pytest.approx(norm, rel=1e-3)
+    # AdamW's first update moves every weight by the learning rate, here a quarter of its peak.
+    after = model.load(tmp_path / "run" / "final")
+    moved = (after.hf.lm_head.weight - policy.hf.lm_head.weight).abs().max().item()
+    assert moved == pytest.approx(1e-3, rel=0.02)
+
+
+def test_questions_may_lie_elsewhere_with_their_own_images(mined, tmp_path, monkeypatch):
+    lines = [json.loads(line) for line in (mined / "mbpo_closed.jsonl").read_text().splitlines()]
+    (tmp_path / "q").mkdir()
+    for line in lines:
+        shutil.copy(mined / line["image"], tmp_path / "q" / f"{line['id']}.png")
+        line["image"] = f"{line['id']}.png"
+    (tmp_path / "q" / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    args = ["--data", mined, "--eval_split", "none", *SMALL, "--questions", tmp_path / "q" / "mine.jsonl"]
+    assert run_here(monkeypatch, *args, "--out", tmp_path / "run") == 0
+
+
+def test_the_caches_of_both_methods_do_not_meet(mined, tmp_path, monkeypatch):
+    args = ["--data", mined / "mfpo.jsonl", "--eval_split", "none", "--questions", mined / "mbpo_closed.jsonl"]
+    pairs = ["--pairs_per_step", 8, "--pairs_per_gpu", 4, "--epochs", 1]
+    for name, script, more in (("a", train_mfpo, pairs), ("b", train_mbpo, SMALL), ("c", train_mfpo, pairs)):
+        args = [arg for arg in args if script is train_mbpo or arg not in ("--questions", mined / "mbpo_closed.jsonl")]
+        extra = ["--questions", mined / "mbpo_closed.jsonl"] if script is train_mbpo else []
+        assert conftest.run_here(monkeypatch, script, *args[:4], *extra, *more, "--out", tmp_path / name) == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "small"), [("mfpo", ["--pairs_per_step", 8, "--pairs_per_gpu", 4]), ("mbpo", SMALL)]
+)
+def test_adapters_are_trained_and_merged(mined, tmp_path, monkeypatch, script, small):
+    module = {"mfpo": train_mfpo, "mbpo": train_mbpo}[script]
+    args = [
+        "--data",
+        mined,
+        "--eval_split",
+        "none",
+        *small,
+        "--lora_rank",
+        2,
+        "--learning_rate",
+        1e-2,
+        "--recompute",
+        True,
+    ]
+    assert conftest.run_here(monkeypatch, module, *args, "--out", tmp_path / "run") == 0
+    before, after = model.load(mined / "base"), model.load(tmp_path / "run" / "final")
+    change = after.hf.model.language_model.layers[0].self_attn.q_proj.weight
+    change = change - before.hf.model.language_model.layers[0].self_attn.q_proj.weight
+    assert change.abs().max() > 0 and torch.linalg.matrix_rank(change, rtol=1e-3) <= 2
+    assert torch.equal(before.hf.lm_head.weight, after.hf.lm_head.weight)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--lora_rank", "2", "--train_vision", "True"], "Drop one of them"),
+        (["--lora_rank=-2"], "--lora_rank must not be negative"),
+        (["--convention", "mine"], "--convention 'mine': use one of original, hub"),
         (["--group", "1"], "--group 1: an answer is judged against the others"),
         (["--online_fraction", "1.5"], "--online_fraction 1.5: a share in [0, 1]"),
         (["--online_fraction=-0.1"], "--online_fraction -0.1: a share in [0, 1]"),
