@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -23,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -78,6 +80,7 @@ def run(main):
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         gc.collect()  # FSDP objects alive at the end can abort the process after all work is done
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -108,6 +111,17 @@ def write_jsonl(path, rows):
 # ------------------------------------------------------------------------------------------- process group
 
 
+ASKED_TO_STOP = []  # filled by SIGTERM: a job that is preempted is told so some time before it is killed
+
+
+def stopping():
+    """Has any rank got a SIGTERM? All ranks hear the same, so that all of them save and stop at the same step."""
+    asked = torch.tensor(float(bool(ASKED_TO_STOP)))
+    if world() > 1:
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+    return bool(asked)
+
+
 def device():
     """This rank's device."""
     cuda = torch.cuda.is_available()
@@ -118,7 +132,13 @@ def start():
     """Join the process group (torchrun's, or a world of one) and return this rank's device."""
     mine = device()
     if mine.type == "cuda":
+        if mine.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {mine.index} of this machine has no GPU: there are {torch.cuda.device_count()}. "
+                f"Start torchrun with --nproc_per_node={torch.cuda.device_count()}"
+            )
         torch.cuda.set_device(mine)
+    signal.signal(signal.SIGTERM, lambda *_: ASKED_TO_STOP.append(True))
     backend = "cpu:gloo,cuda:nccl" if mine.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
@@ -319,8 +339,8 @@ def save_checkpoint(run_folder, step, policy, optimizer, reference, keep):
         aside.mkdir(parents=True)
     dist.barrier()
     writer = HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
-    dcp.save(training_state(policy, optimizer), storage_writer=writer)
-    if rank() == 0:
+
+    def finish():
         files = {file.name: file.stat().st_size for file in aside.iterdir()}
         write_text(aside / "checkpoint.json", json.dumps({"step": step, "reference": reference, "files": files}))
         fsync_folder(aside)
@@ -329,7 +349,18 @@ def save_checkpoint(run_folder, step, policy, optimizer, reference, keep):
         fsync_folder(run_folder)
         for old in checkpoints(run_folder)[:-keep]:
             shutil.rmtree(old)
-    dist.barrier()
+
+    try:
+        dcp.save(training_state(policy, optimizer), storage_writer=writer)
+        first_alone(finish)
+    except (OSError, ValueError, CheckpointException) as error:  # of any rank: all of them get here
+        if rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)  # what it takes may be what is missing
+        whole = [folder.name for folder in checkpoints(run_folder)]
+        raise ValueError(
+            f"{final}: could not be written ({str(error).strip().splitlines()[-1]}). Make room and continue with "
+            f"--resume {run_folder}; whole checkpoints there: {', '.join(whole) or 'none'}"
+        ) from None
 
 
 def checkpoints(run_folder):

@@ -381,8 +381,12 @@ def main():
         values |= {"sample_s": sampled_at - began, "update_s": ended - sampled_at}
         values["tokens_per_s"] = totals[5] / (ended - began)
         log(step + 1, line_of(values), **values)
-        if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+        stop = runtime.stopping() and step + 1 < config.steps
+        if stop or ((step + 1) % config.save_every == 0 and step + 1 < config.steps):
             runtime.save_checkpoint(run, step + 1, policy, optimizer, identity, config.keep)
+        if stop:
+            say(f"stopped by SIGTERM after step {step + 1}, which is saved. Continue with --resume {run}")
+            return
     # ==================================================================
 
     policy.eval()

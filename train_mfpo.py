@@ -266,8 +266,12 @@ def main():
         values |= {"lr": lr, "time_s": time.perf_counter() - began}
         values["pairs_per_s"] = config.pairs_per_step / values["time_s"]
         log(step + 1, line_of(values), **values)
-        if (step + 1) % config.save_every == 0 and step + 1 < steps:
+        stop = runtime.stopping() and step + 1 < steps
+        if stop or ((step + 1) % config.save_every == 0 and step + 1 < steps):
             runtime.save_checkpoint(run, step + 1, policy, optimizer, reference, config.keep)
+        if stop:
+            say(f"stopped by SIGTERM after step {step + 1}, which is saved. Continue with --resume {run}")
+            return
     # ==================================================================
 
     policy.eval()
