@@ -197,20 +197,22 @@ def gather(mine):
     return [shares[i % world()][i // world()] for i in range(total)]
 
 
-def micro_batches(per_step, per_gpu, name="pairs"):
+def per_pass(per_step, per_gpu, name):
     """
-    How many forward passes make one optimizer step on each rank. ValueError names the nearest sizes that divide.
+    Records per forward pass of a rank: `per_gpu`, or with 0 the rank's whole share of `per_step`. ValueError, with the
+    nearest sizes that do, if they do not divide.
 
     The user sets the global batch; accumulation is derived, so that the number of GPUs changes nothing but speed.
     """
-    together = world() * per_gpu
+    together = world() * (per_gpu or 1)
     if per_step % together:
         below = max(together, per_step // together * together)
+        each = f" x --{name}_per_gpu {per_gpu}" if per_gpu else ""
         raise ValueError(
-            f"--{name}_per_step {per_step} does not divide into {world()} processes x --{name}_per_gpu {per_gpu}; "
-            f"the nearest sizes that do are {below} and {below + together}. Or lower --{name}_per_gpu"
+            f"--{name}_per_step {per_step} does not divide into {world()} processes{each}; "
+            f"the nearest sizes that do are {below} and {below + together}"
         )
-    return per_step // together
+    return per_gpu or per_step // world()
 
 
 # ------------------------------------------------------------------------------------------------- sharding

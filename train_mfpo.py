@@ -58,7 +58,7 @@ class Config:
     lora_rank: int = knob(0, "train adapters of this rank instead of the weights (one GPU of 24 to 48 GB); 0: weights")
     recompute: bool = knob(False, "keep few activations and compute them again: a third more time, far less memory")
     pairs_per_step: int = knob(16, "records per optimizer step over all processes; accumulation is derived")
-    pairs_per_gpu: int = knob(16, "records per forward pass; lower it when memory runs out")
+    pairs_per_gpu: int = knob(0, "records per forward pass, fewer when memory runs out; 0: a process's whole share")
     # Keeping
     seed: int = knob(0, "seed of the order of records, and, where they are built, of the toy's scenes and base model")
     save_every: int = knob(50, "steps between checkpoints")
@@ -77,11 +77,19 @@ class Config:
                 raise ValueError(f"--{name} must be a finite number, got {value}")
         if self.seed < 0:
             raise ValueError(f"--seed must not be negative, got {self.seed}")
-        for name in ("beta", "learning_rate", "epochs", "pairs_per_step", "pairs_per_gpu", "save_every", "keep",
+        for name in ("beta", "learning_rate", "epochs", "pairs_per_step", "save_every", "keep",
                      "log_every", "max_length", "clip_norm"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
-        for name in ("text_weight", "image_weight", "margin_weight", "weight_decay", "warmup_steps", "lora_rank"):
+        for name in (
+            "text_weight",
+            "image_weight",
+            "margin_weight",
+            "weight_decay",
+            "warmup_steps",
+            "lora_rank",
+            "pairs_per_gpu",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
         if self.text_weight + self.image_weight + self.margin_weight == 0:
@@ -155,7 +163,7 @@ def main():
     if config.resume:
         config = runtime.resumed_config(Config, config, argv)
     device = runtime.start()
-    micro_batches = runtime.micro_batches(config.pairs_per_step, config.pairs_per_gpu)
+    per_pass = runtime.per_pass(config.pairs_per_step, config.pairs_per_gpu, "pairs")
     run = Path(runtime.first_alone(lambda: runtime.name_run(config, "mfpo")))
 
     # ------------------------------------------------------------------ data, base model, reference
@@ -184,7 +192,7 @@ def main():
             f"{data_path}: {len(records)} records make no step of --pairs_per_step {config.pairs_per_step}. Lower it"
         )
     reference = runtime.first_alone(lambda: model.fingerprint(policy, device, folder, records))
-    ref_logp, entropy = reference_pass(policy, records, rows, data_path, reference, config.pairs_per_gpu)
+    ref_logp, entropy = reference_pass(policy, records, rows, data_path, reference, per_pass)
     measured = {}
     scenes = config.eval_split != "none" and (folder / f"mfpo_{config.eval_split}.jsonl").is_file()
     if scenes:
@@ -220,8 +228,8 @@ def main():
         picked = order[step * config.pairs_per_step : (step + 1) * config.pairs_per_step]
         mine = runtime.my_share(picked)
         totals = 0
-        for micro in range(micro_batches):
-            pick = mine[micro * config.pairs_per_gpu : (micro + 1) * config.pairs_per_gpu]
+        for start in range(0, len(mine), per_pass):
+            pick = mine[start : start + per_pass]
             packed = model.pair_batch(
                 policy, [records[i] for i in pick], [rows[i] for i in pick], folder, config.image_weight > 0
             )

@@ -66,11 +66,13 @@ def test_closed_questions_have_the_right_answer(kind):
         colours, present = {k: c for c, k in pairs}, {k for _, k in pairs}
         question, answer, choices = toy.closed_question(kind, pairs, rng)
         words = question.replace("?", " ").replace(".", " ").split()
+        assert kind != "word" or answer in choices
         if kind == "yesno":
             assert answer == ("Yes" if words[3] in present else "No")
         elif kind == "choice":
             options = dict(zip(words[7::2], words[8::2], strict=True))
             assert [letter for letter, option in options.items() if option in present] == [answer]
+            assert list(options.values()) == choices
         elif kind == "number":
             assert answer == str(len(pairs))
         else:
@@ -82,7 +84,9 @@ def test_tokenizer_knows_every_word_and_gives_texts_back(policy):
     for _, objects, _ in toy.scenes("val", 40, 0):
         pairs = toy.pairs_of(objects)
         texts = [*toy.CAPTIONS, *(toy.say(pairs, q) for q in toy.CAPTIONS)]
-        texts += [t for kind in ("yesno", "choice", "number", "word") for t in toy.closed_question(kind, pairs, rng)]
+        for kind in ("yesno", "choice", "number", "word"):
+            question, answer, choices = toy.closed_question(kind, pairs, rng)
+            texts += [question, answer, *choices]
         for text in texts:
             ids = policy.tokenizer(text)["input_ids"]
             assert policy.tokenizer.unk_token_id not in ids, text
