@@ -377,11 +377,11 @@ def own_answers(policy, records, folder, seed, batch=64):
     with torch.no_grad():
         for i in tqdm(range(0, len(records), batch), "the model's own answers", leave=False):
             chunk = records[i : i + batch]
-            pixels = model.load_pixels(policy, folder, [r["image"] for r in chunk])
+            pixels = model.load_pixels(policy, folder, [r["image"] for r in chunk]).to(policy.mean.device)
             prompts = [
                 data.encode_prompt(policy.tokenizer, r["question"], policy.template, policy.image_tokens) for r in chunk
             ]
-            texts, ended = policy.generate(pixels, prompts, 60, temperature=1.0)
+            texts, ended = policy("generate", pixels, prompts, 60, temperature=1.0)
             answers += [text if whole else None for text, whole in zip(texts, ended, strict=True)]
     return answers
 
@@ -419,12 +419,13 @@ def build_mfpo(config):
         skip_bad=False,
         title=f"checking {source}",
     )
-    policy = model.load(config.model, convention=config.convention, trained=False).eval()
+    place = functools.partial(runtime.whole, device=runtime.device())  # rank 0 does this alone
+    policy = model.load(config.model, convention=config.convention, trained=False, place=place).eval()
     folder, images = source.parent, Path(f"{out.stem}_distorted")
     print(f"{len(records)} records from {source}; noise: {config.schedule} t={config.t}, regions: {config.region}")
     missing = any("rejected" not in record for record in records)
     answers = own_answers(policy, records, folder, config.seed) if missing else [None] * len(records)
-    mean, std = (getattr(policy, name).flatten().numpy().astype(np.float64) for name in ("mean", "std"))
+    mean, std = (getattr(policy, name).flatten().cpu().numpy().astype(np.float64) for name in ("mean", "std"))
     root = sqrt_alpha_bar(config.schedule)[config.t]
     vector_of = embedding_of(policy)
     aside = folder / f"{images}.tmp"  # an older build stays whole until this one is

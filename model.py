@@ -348,12 +348,13 @@ def load(path, train_vision=False, convention="", trained=True, lora_rank=0, pla
         place(policy)
     else:
         policy.to_empty(device="cpu")
-    fill(policy, path, folder, alone=place is None)
+    fill(policy, path, folder)
     return policy
 
 
-def fill(policy, path, folder, alone):
+def fill(policy, path, folder):
     """Read the weights into `policy`, each process its share; and make anew what memory from `to_empty` lost."""
+    alone = not any(isinstance(p, DTensor) for p in policy.parameters())  # no slices: no other rank need be there
     try:
         reader = HuggingFaceStorageReader(str(folder))
         stored = reader.read_metadata().state_dict_metadata

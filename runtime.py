@@ -222,27 +222,43 @@ def shard(policy, device, recompute=False):
     """
     Put a model where it is trained: FSDP2 over the layers and the root, so that each rank keeps its slice of weights,
     gradients and optimiser state in float32; on GPUs the computation runs in bfloat16. A model without memory yet
-    (model.load with `place`) gets it here, its slice only. One process needs no slices: one GPU holds whole weights,
-    those that are not trained in bfloat16, and computes in bfloat16; a CPU computes in float32.
+    (model.load with `place`) gets it here, its slice only. One process needs no slices and holds the model whole.
 
     recompute   keep only the inputs of the language model's layers for the backward pass and compute the rest again:
                 a third more time for a small part of the memory
     """
-    layers = policy.hf.model.language_model.layers
     if recompute:
-        for layer in layers:
+        for layer in policy.hf.model.language_model.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    empty = any(p.is_meta for p in policy.parameters())
+    if world() == 1:
+        return whole(policy, device)
+    if device.type == "cuda" and not any(p.requires_grad for p in policy.parameters()):
+        halve(policy)  # the weights of one slice must be of one kind: a model that is trained in part stays in float32
+    slice_layers(policy, init_device_mesh(device.type, (world(),)), half=device.type == "cuda")
+    return put(policy, device)
+
+
+def whole(policy, device):
+    """
+    Put a whole model on this rank's device. A GPU computes in bfloat16 and keeps those weights in it that are not
+    trained; a CPU computes in float32.
+    """
     if device.type == "cuda":
-        policy.autocast = world() == 1
-        # Under FSDP the weights of a part must be of one kind, so a model that is trained in part stays in float32.
-        half = world() == 1 or not any(p.requires_grad for p in policy.parameters())
-        for parameter in policy.parameters():
-            if half and not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
-    if world() > 1:
-        slice_layers(policy, init_device_mesh(device.type, (world(),)), half=device.type == "cuda")
-    return policy.to_empty(device=device) if empty else policy.to(device)
+        policy.autocast = True
+        halve(policy)
+    return put(policy, device)
+
+
+def halve(policy):
+    """Weights that are not trained in bfloat16."""
+    for parameter in policy.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def put(policy, device):
+    """Memory on `device`, with the weights if there are any yet."""
+    return policy.to_empty(device=device) if any(p.is_meta for p in policy.parameters()) else policy.to(device)
 
 
 def slice_layers(policy, mesh, half):

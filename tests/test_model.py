@@ -401,3 +401,36 @@ def test_half_precision_does_not_touch_what_picks_the_tokens(policy, images, tmp
 def place_in_half(policy):
     runtime.slice_layers(policy, init_device_mesh("cpu", (1,)), half=True)
     return policy.to_empty(device="cpu")
+
+
+def test_one_gpus_way_of_computing_works(policy, images, tmp_path):
+    """Autocast and weights in bfloat16 where they are not trained, as on one GPU, here on the CPU."""
+    model.save(policy, tmp_path / "m")
+    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None], policy.pad_id)
+    with torch.no_grad():
+        exact = policy.logps(batch).sum(1)
+    for settings in ({"lora_rank": 4}, {"trained": False}, {}):
+        other = model.load(tmp_path / "m", **settings, place=place_as_on_a_gpu)
+        kinds = {p.dtype for p in other.parameters() if not p.requires_grad}
+        assert kinds == {torch.bfloat16} and all(
+            p.dtype == torch.float32 for p in other.parameters() if p.requires_grad
+        )
+        logp = other("logps", batch)
+        assert logp.dtype == torch.float32 and torch.allclose(logp.sum(1), exact, atol=0.5, rtol=0.01)
+        pixels, prompts = model.to_pixels(images[0], 64)[None], prompts_of(other)[:1]
+        answers, logps = other("sample", pixels, prompts, torch.rand(1, 3, 5, dtype=torch.float64))
+        assert len(answers) == 3 and other("generate", pixels, prompts, 3)[0]
+        if settings.get("trained", True):
+            logp.sum().backward()
+            assert all(p.grad is not None for p in other.parameters() if p.requires_grad)
+        else:  # an attack
+            pixels = pixels.requires_grad_()
+            row = data.pack([rows_of(policy, QUESTION, ANSWERS[:1])], pixels, policy.pad_id)
+            (gradient,) = torch.autograd.grad(other("logps", row).sum(), pixels)
+            assert gradient.dtype == torch.float32 and gradient.abs().max() > 0
+
+
+def place_as_on_a_gpu(policy):
+    policy.autocast = True
+    runtime.halve(policy)
+    return runtime.put(policy, torch.device("cpu"))
