@@ -1,22 +1,9 @@
 #!/usr/bin/env bash
-# MFPO on LLaVA-1.5-13B, all weights but the vision tower's, 8 GPUs of 80 GB.
+# MFPO on LLaVA-1.5-13B, all weights but the vision tower's, 8 GPUs of 80 GB: the settings of 7B.
 #
 #   SOURCE=rlhfv/source.jsonl bash runs/llava15_13b_mfpo_8gpu.sh
 #
-# SOURCE: records {"id", "image", "question", "chosen", "rejected", "objects": [{"word", "box"}]} (build_data.py); where a
-# record has no boxes its noise is global. Not yet run on GPUs. python bench.py --plan --model 13b --gpus 8:
-# memory 32 GB a GPU of state, gathered layers and activations; 16 records/s at 40 % of an H100's peak, so RLHF-V
-# (5,733 records, two passes) in 12 minutes, and the reference pass in two more.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-MODEL=${MODEL:-llava-hf/llava-1.5-13b-hf}
-RECORDS=$(dirname "$SOURCE")/mfpo.jsonl
-GPUS=${GPUS:-8}
-# t = 500: the paper's best; vcd: the schedule that this literature shares (the paper names none).
-[ -f "$RECORDS" ] || python build_data.py mfpo --source "$SOURCE" --model "$MODEL" --out "$RECORDS" \
-    --schedule vcd --t 500 --sheet "$(dirname "$SOURCE")/sheet.png"
-# Paper: weights 1 : 1 : 1, eta 0, easy to hard. Peers (RLHF-V, RLAIF-V): beta 0.1 to 0.5, learning rate 5e-7, batch 32,
-# cosine, warm-up of 3 to 5 %. Ours: two passes over each third.
-torchrun --standalone --nproc_per_node="$GPUS" train_mfpo.py --model "$MODEL" --data "$RECORDS" --out "${OUT:-out/llava15_13b_mfpo}" \
-    --beta 0.1 --learning_rate 5e-7 --warmup_steps 15 --epochs 2 --pairs_per_step 32 --pairs_per_gpu 2 --recompute True \
-    --save_every 100 --eval_split none "$@"
+# Not yet run on GPUs. python bench.py --plan --model 13b --gpus 8: 32 GB a GPU, 16 records/s at 40 % of an H100's peak, so
+# RLHF-V (5,733 records, two passes) in 12 minutes, and the reference pass in two more.
+export MODEL=${MODEL:-llava-hf/llava-1.5-13b-hf} OUT=${OUT:-out/llava15_13b_mfpo}
+exec bash "$(dirname "$0")/llava15_7b_mfpo_8gpu.sh" "$@"
