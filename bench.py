@@ -92,7 +92,7 @@ def plan(config):
     patches = (vision.image_size // vision.patch_size) ** 2
     prefix = patches + config.question
     width, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
-    frozen = size["all"] - size["trained"]
+    frozen, root = size["all"] - size["trained"], size["embedding"] + size["head"]
     found = {}
     for method in ("MFPO", "MBPO"):
         # MFPO: a record is two rows, [image, question, chosen, rejected] and [distorted image, question, chosen],
@@ -108,9 +108,10 @@ def plan(config):
             "weights": (4 * size["trained"] + (4 if sharded else 2) * frozen) / config.gpus,
             "gradients": 4 * size["trained"] / config.gpus,
             "optimiser": 8 * size["trained"] / config.gpus,
-            # Embedding and head stay gathered in bfloat16, and two layers (one in use, one on its way); a layer's
-            # gradient leaves in float32.
-            "gathered": (2 * (size["embedding"] + size["head"] + 2 * size["layer"]) + 4 * size["layer"]) * sharded,
+            # Embedding and head stay gathered in bfloat16, and two layers (one in use, one on its way). Their gradients
+            # leave in float32: the root's, and one layer's at a time.
+            "gathered": 2 * (root + 2 * size["layer"]) * sharded,
+            "gradients in flight": 4 * (root + size["layer"]) * sharded * (not config.lora_rank),
             # One GPU computes in bfloat16 from float32 weights: autocast keeps a copy of those that are trained.
             "casts": 2 * size["trained"] * (not sharded),
         }
@@ -128,7 +129,7 @@ def plan(config):
             # before the update, so only the larger of the two counts. The frozen reference stays, its slice.
             cache = 2 * 2 * layers * width * config.per_gpu * config.group * (prefix + config.sampled)
             memory["reference"] = 0 if config.lora_rank else 2 * size["all"] / config.gpus
-            update = sum(memory[name] for name in ("gathered", "activations", "logits", "mask"))
+            update = sum(memory[name] for name in ("gathered", "gradients in flight", "activations", "logits", "mask"))
             memory["sampling beyond the update"] = max(0, (2 * size["all"] * sharded + cache) - update)
         # 2 FLOPs a weight and token forward, twice that backward (for frozen weights only the half that leads to the
         # inputs), once more to recompute; attention 4 x length x width a token and layer; the head at answers only.

@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -74,6 +74,7 @@ class Policy(nn.Module):
         super().__init__()
         self.hf, self.processor, self.tokenizer = hf, processor, processor.tokenizer
         self.convention, self.template, self.pad = convention, *vars(CONVENTIONS[convention]).values()
+        self.files = []  # the weights on disk, where they came from
         self.autocast = False  # one GPU holds whole weights and computes in bfloat16; FSDP sees to that itself
         vision, images = hf.config.vision_config, processor.image_processor
         self.image_size = vision.image_size
@@ -292,7 +293,7 @@ def read_config(path, folder):
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {path}: no model's folder ({str(error).splitlines()[0]}). Check it") from None
+        raise ValueError(f"--model {path}: no model's folder ({str(error).partition(chr(10))[0]}). Check it") from None
     if config.model_type != "llava":
         raise ValueError(f"--model {path}: is a {config.model_type!r}; this project trains 'llava' models (LLaVA-1.5)")
     parts = (config.vision_config.model_type, config.text_config.model_type, config.vision_feature_select_strategy)
@@ -328,14 +329,21 @@ def load(path, train_vision=False, convention="", trained=True, lora_rank=0, pla
     try:
         processor = without_warnings(lambda: AutoProcessor.from_pretrained(folder))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise ValueError(f"--model {path}: has no tokenizer and processor ({reason}). Fetch it again") from None
     stored = folder / "convention.json"
-    if not convention:
-        convention = json.loads(stored.read_text())["convention"] if stored.is_file() else "original"
+    if not convention and stored.is_file():
+        try:
+            convention = json.loads(stored.read_text())["convention"]
+            CONVENTIONS[convention]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{stored}: names none of {', '.join(CONVENTIONS)}. Mend it, or use --convention"
+            ) from None
+    convention = convention or "original"
     check_convention(convention)
     with torch.device("meta"):
-        hf = LlavaForConditionalGeneration(config)
+        hf = LlavaForConditionalGeneration(config).float()  # its parts may have kinds of their own in the config
     if (folder / "generation_config.json").is_file():
         hf.generation_config = GenerationConfig.from_pretrained(folder)
     if lora_rank:
@@ -374,7 +382,7 @@ def fill(policy, path, folder):
             warnings.simplefilter("ignore")  # that it is read by one process alone, which is meant
             dcp.load(state, storage_reader=reader, no_dist=alone)
     except (OSError, KeyError, SafetensorError, json.JSONDecodeError, CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise ValueError(f"--model {path}: its weights cannot be read ({reason}). Fetch or export it again") from None
     device, hf = policy.mean.device, policy.hf
     images = policy.processor.image_processor
@@ -414,8 +422,11 @@ class LoraLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
     def merged(self, weight, full):
-        """The one matrix that does the same: W + s * B A. `full` gathers a parameter that is sharded."""
-        return weight + self.scale * (full(self.lora_b) @ full(self.lora_a)).to(weight)
+        """
+        The one matrix that does the same: W + s * B A, in float32: in bfloat16 most of a small change would be lost.
+        `full` gathers a parameter that is sharded.
+        """
+        return weight.float() + self.scale * (full(self.lora_b).float() @ full(self.lora_a).float())
 
 
 def add_lora(hf, rank):
@@ -479,6 +490,15 @@ def hub_key(name):
     raise AssertionError(f"no hub key for {name}")
 
 
+def stored_weight(policy, name):
+    """A weight as the files hold it that `policy` was loaded from, float32."""
+    for file in policy.files:
+        with safe_open(file, "pt") as content:
+            for key in {hub_key(name), name} & set(content.keys()):
+                return content.get_tensor(key).float()
+    raise ValueError(f"{policy.files[0].parent}: no longer holds {name}, which the export needs. Put the model back")
+
+
 def save(policy, folder):
     """
     Write `policy` to `folder` in the hub's layout: safetensors, config, tokenizer and processor.
@@ -513,6 +533,10 @@ def save(policy, folder):
         tensors = {}
         for name, parameter in shard:
             whole, owner = full(parameter), owners[name.rpartition(".")[0]]
+            if whole.dtype == torch.bfloat16 and policy.files and first:
+                whole = stored_weight(
+                    policy, name
+                )  # one GPU keeps what is not trained in bfloat16; the files know better
             if isinstance(owner, LoraLinear) and name.endswith("weight"):
                 whole = owner.merged(whole, full)
             if first:

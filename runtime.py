@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -76,11 +77,18 @@ def run(main):
         main()
     except (ValueError, OSError) as error:
         if not is_mistake(error):
-            raise
+            traceback.print_exc()
+            sys.exit(1)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException:  # told before the process group is left, which makes the other ranks fail and speak
+        traceback.print_exc()
+        sys.stderr.flush()
+        sys.exit(1)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        heed_sigterm(False)
         gc.collect()  # FSDP objects alive at the end can abort the process after all work is done
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -114,6 +122,11 @@ def write_jsonl(path, rows):
 ASKED_TO_STOP = []  # filled by SIGTERM: a job that is preempted is told so some time before it is killed
 
 
+def heed_sigterm(heed):
+    """While a loop runs that asks `stopping`, a SIGTERM is only noted; before and after, it ends the process."""
+    signal.signal(signal.SIGTERM, (lambda *_: ASKED_TO_STOP.append(True)) if heed else signal.SIG_DFL)
+
+
 def stopping():
     """Has any rank got a SIGTERM? All ranks hear the same, so that all of them save and stop at the same step."""
     asked = torch.tensor(float(bool(ASKED_TO_STOP)))
@@ -138,10 +151,10 @@ def start():
                 f"Start torchrun with --nproc_per_node={torch.cuda.device_count()}"
             )
         torch.cuda.set_device(mine)
-    signal.signal(signal.SIGTERM, lambda *_: ASKED_TO_STOP.append(True))
     backend = "cpu:gloo,cuda:nccl" if mine.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        # Rank 0 hashes, builds and exports alone at times, 13B from a slow disk too, while the others wait.
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return mine
@@ -342,6 +355,11 @@ def fsync_folder(folder):
         os.close(handle)
 
 
+def last_line(error):
+    """What an error says in the end, or what it is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
 def save_checkpoint(run_folder, step, policy, optimizer, reference, keep):
     """
     Write run_folder/step_00050: safetensors, each rank its shards, with a list of the files and their sizes.
@@ -352,11 +370,11 @@ def save_checkpoint(run_folder, step, policy, optimizer, reference, keep):
     run_folder = Path(run_folder)
     final = run_folder / f"step_{step:05}"
     aside = run_folder / f"step_{step:05}.tmp"
-    if rank() == 0:
+    writer = HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
+
+    def begin():
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    dist.barrier()
-    writer = HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
 
     def finish():
         files = {file.name: file.stat().st_size for file in aside.iterdir()}
@@ -369,6 +387,7 @@ def save_checkpoint(run_folder, step, policy, optimizer, reference, keep):
             shutil.rmtree(old)
 
     try:
+        first_alone(begin)
         dcp.save(training_state(policy, optimizer), storage_writer=writer)
         first_alone(finish)
     except (OSError, ValueError, CheckpointException) as error:  # of any rank: all of them get here
@@ -376,7 +395,7 @@ def save_checkpoint(run_folder, step, policy, optimizer, reference, keep):
             shutil.rmtree(aside, ignore_errors=True)  # what it takes may be what is missing
         whole = [folder.name for folder in checkpoints(run_folder)]
         raise ValueError(
-            f"{final}: could not be written ({str(error).strip().splitlines()[-1]}). Make room and continue with "
+            f"{final}: could not be written ({last_line(error)}). Make room and continue with "
             f"--resume {run_folder}; whole checkpoints there: {', '.join(whole) or 'none'}"
         ) from None
 
@@ -412,7 +431,11 @@ def load_checkpoint(folder, policy, optimizer, reference):
             f"{folder}: was trained from another base model or on other records (fingerprint {recorded['reference']}, "
             f"now {reference}). Restore what has changed, or start a new run"
         )
-    dcp.load(state, storage_reader=reader)
+    try:
+        dcp.load(state, storage_reader=reader)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        message = f"{folder}: damaged ({last_line(error)}). Delete this folder to resume from the checkpoint before it"
+        raise ValueError(message) from None
     return recorded["step"]
 
 

@@ -296,6 +296,7 @@ def main():
     log = runtime.Log(run, config.steps, first_step, config.log_every)
 
     # ================================================================== the loop
+    runtime.heed_sigterm(True)
     for step in range(first_step, config.steps):
         began = time.perf_counter()
         lr = runtime.cosine(step, config.steps, config.learning_rate, config.warmup_steps, floor=0.1)
@@ -382,12 +383,13 @@ def main():
         values |= {"sample_s": sampled_at - began, "update_s": ended - sampled_at}
         values["tokens_per_s"] = totals[5] / (ended - began)
         log(step + 1, line_of(values), **values)
-        stop = runtime.stopping() and step + 1 < config.steps
-        if stop or ((step + 1) % config.save_every == 0 and step + 1 < config.steps):
+        stop = runtime.stopping()
+        if stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             runtime.save_checkpoint(run, step + 1, policy, optimizer, identity, config.keep)
         if stop:
             say(f"stopped by SIGTERM after step {step + 1}, which is saved. Continue with --resume {run}")
             return
+    runtime.heed_sigterm(False)
     # ==================================================================
 
     policy.eval()

@@ -219,6 +219,7 @@ def main():
     log = runtime.Log(run, steps, first_step, config.log_every)
 
     # ================================================================== the loop
+    runtime.heed_sigterm(True)
     for step in range(first_step, steps):
         began = time.perf_counter()
         # DEVIATION: the paper does not say how its stages are scheduled; ours share one warm-up and one cosine.
@@ -274,12 +275,13 @@ def main():
         values |= {"lr": lr, "time_s": time.perf_counter() - began}
         values["pairs_per_s"] = config.pairs_per_step / values["time_s"]
         log(step + 1, line_of(values), **values)
-        stop = runtime.stopping() and step + 1 < steps
-        if stop or ((step + 1) % config.save_every == 0 and step + 1 < steps):
+        stop = runtime.stopping()
+        if stop or (step + 1) % config.save_every == 0 or step + 1 == steps:
             runtime.save_checkpoint(run, step + 1, policy, optimizer, reference, config.keep)
         if stop:
             say(f"stopped by SIGTERM after step {step + 1}, which is saved. Continue with --resume {run}")
             return
+    runtime.heed_sigterm(False)
     # ==================================================================
 
     policy.eval()

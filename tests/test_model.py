@@ -203,6 +203,10 @@ def test_loading_by_shards_equals_from_pretrained(policy, tmp_path, monkeypatch)
     ours = {model.hub_key(name): name for name, _ in policy.hf.named_parameters()}
     for file in (tmp_path / "v5").glob("*.safetensors"):
         save_file({ours[key]: value for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    for layout in ("hub", "v5"):  # LLaVA-1.5 on the hub says so of its parts too; we want float32 all the same
+        config = json.loads((tmp_path / layout / "config.json").read_text())
+        config["text_config"]["torch_dtype"] = config["vision_config"]["torch_dtype"] = "float16"
+        (tmp_path / layout / "config.json").write_text(json.dumps(config))
     index = json.loads((tmp_path / "v5" / "model.safetensors.index.json").read_text())
     index["weight_map"] = {ours[key]: file for key, file in index["weight_map"].items()}
     (tmp_path / "v5" / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -239,6 +243,10 @@ def test_the_convention_is_the_folders_own_unless_named(policy, tmp_path):
     assert model.load(tmp_path / "m").convention == "original"
     with pytest.raises(ValueError, match="--convention 'new': use one of original, hub"):
         model.load(tmp_path / "m", convention="new")
+    for text in ("{", "{}", "[]", '{"convention": ""}', '{"convention": ["hub"]}'):
+        (tmp_path / "m" / "convention.json").write_text(text)
+        with pytest.raises(ValueError, match="convention.json: names none of original, hub"):
+            model.load(tmp_path / "m")
 
 
 def test_tokens_beyond_the_tokenizer_are_never_said(policy, tmp_path):
@@ -428,6 +436,25 @@ def test_one_gpus_way_of_computing_works(policy, images, tmp_path):
             row = data.pack([rows_of(policy, QUESTION, ANSWERS[:1])], pixels, policy.pad_id)
             (gradient,) = torch.autograd.grad(other("logps", row).sum(), pixels)
             assert gradient.dtype == torch.float32 and gradient.abs().max() > 0
+
+
+def test_small_adapters_survive_the_export_from_one_gpu(policy, tmp_path):
+    """There the frozen weights lie in bfloat16: added up in it, most of a small change would be rounded away."""
+    model.save(policy, tmp_path / "m")
+    tuned = model.load(tmp_path / "m", lora_rank=2, place=place_as_on_a_gpu)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_(std=1e-5)
+    model.save(tuned, tmp_path / "merged")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "merged"))
+    attention = tuned.hf.model.language_model.layers[0].self_attn.q_proj
+    key = "language_model.model.layers.0.self_attn.q_proj.weight"
+    change = 2.0 * attention.lora_b @ attention.lora_a
+    assert torch.allclose(after[key] - before[key], change, atol=1e-7)
+    assert torch.equal(after["language_model.lm_head.weight"], before["language_model.lm_head.weight"])
+    vision = "vision_tower.vision_model.embeddings.patch_embedding.weight"
+    assert torch.equal(after[vision], before[vision])
 
 
 def place_as_on_a_gpu(policy):

@@ -257,6 +257,24 @@ def test_adapters_are_trained_and_merged(mined, tmp_path, monkeypatch, script, s
     assert torch.equal(before.hf.lm_head.weight, after.hf.lm_head.weight)
 
 
+def test_the_reference_of_adapters_is_the_model_without_them(policy, monkeypatch, tmp_path):
+    model.save(policy, tmp_path / "m")
+    config = train_mbpo.Config(group=2, max_new_tokens=3)
+    monkeypatch.setattr(model, "load_pixels", lambda policy, folder, names: torch.zeros(len(names), 3, 64, 64))
+    tuned = model.load(tmp_path / "m", lora_rank=2)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_()
+    rows = [data.question_row(QUESTION, tuned.tokenizer, tuned.template, tuned.image_tokens, 999)]
+    (group,), _ = train_mbpo.rollout(tuned, tuned, [QUESTION], rows, [0], config, 0, tmp_path)
+    packed = train_mbpo.pack_groups([group], policy)
+    with torch.no_grad():
+        plain = policy.logps(packed)
+    assert torch.allclose(train_mbpo.padded(group.ref_logp, packed.answer_mask), plain, atol=1e-4)
+    assert (train_mbpo.padded(group.said_logp, packed.answer_mask) - plain).abs().max() > 0.1
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
