@@ -5,7 +5,7 @@
 #
 # SOURCE: records {"id", "image", "question", "chosen", "rejected", "objects": [{"word", "box"}]} (build_data.py); where a
 # record has no boxes its noise is global. Not yet run on GPUs. python bench.py --plan --model 7b --gpus 8:
-# memory 18 GB a GPU of state, gathered layers and activations; 30 records/s at 40 % of an H100's peak, so RLHF-V
+# memory 19 GB a GPU of state, gathered layers and activations; 30 records/s at 40 % of an H100's peak, so RLHF-V
 # (5,733 records, two passes) in 6 minutes, and the reference pass in one more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
