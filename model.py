@@ -342,6 +342,12 @@ def load(path, train_vision=False, convention="", trained=True, lora_rank=0, pla
             ) from None
     convention = convention or "original"
     check_convention(convention)
+    words = CONVENTIONS[convention].template.format(question="")
+    if processor.tokenizer.unk_token_id in processor.tokenizer(words)["input_ids"]:
+        raise ValueError(
+            f"--model {path}: its tokenizer does not know the words of the {convention!r} template. Name its own with "
+            "--convention; a toy base model of an older version is to be deleted, it is built again"
+        )
     with torch.device("meta"):
         hf = LlavaForConditionalGeneration(config).float()  # its parts may have kinds of their own in the config
     if (folder / "generation_config.json").is_file():

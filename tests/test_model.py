@@ -234,13 +234,19 @@ def test_the_original_convention_pads_to_a_square():
     assert torch.equal(model.to_pixels(square, 30, pad=True), model.to_pixels(square, 30))
 
 
-def test_the_convention_is_the_folders_own_unless_named(policy, tmp_path):
+def test_the_convention_is_the_folders_own_unless_named(policy, tmp_path, monkeypatch):
     model.save(policy, tmp_path / "m")
     assert model.load(tmp_path / "m").template == TEMPLATE
-    named = model.load(tmp_path / "m", convention="original")
-    assert named.pad and named.template.startswith("A chat between a curious user and an artificial")
-    (tmp_path / "m" / "convention.json").unlink()  # a folder of others: LLaVA-1.5 as it was tuned
-    assert model.load(tmp_path / "m").convention == "original"
+    original = model.CONVENTIONS["original"]
+    assert original.pad and original.template.startswith("A chat between a curious user and an artificial")
+    # A folder of others is LLaVA-1.5 as it was tuned; the toy's tokenizer does not know its words, which is told.
+    with pytest.raises(ValueError, match="does not know the words of the 'original' template"):
+        model.load(tmp_path / "m", convention="original")
+    (tmp_path / "m" / "convention.json").unlink()
+    with pytest.raises(ValueError, match="does not know the words of the 'original' template"):
+        model.load(tmp_path / "m")
+    monkeypatch.setitem(model.CONVENTIONS, "original", model.Convention(TEMPLATE, pad=True))
+    assert model.load(tmp_path / "m").pad
     with pytest.raises(ValueError, match="--convention 'new': use one of original, hub"):
         model.load(tmp_path / "m", convention="new")
     for text in ("{", "{}", "[]", '{"convention": ""}', '{"convention": ["hub"]}'):
