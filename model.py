@@ -55,16 +55,14 @@ CONVENTIONS = {
     # The model cards and the processor of llava-hf on the hub, and the built-in world.
     "hub": Convention("USER: <image>\n{question} ASSISTANT:", pad=False),
 }
+PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, as LLaVA-1.5 pads with
+SHARD_BYTES = 4_500_000_000  # one exported file, and the most that export holds in host memory
 
 
 def check_convention(name):
     """ValueError unless `name` is one of CONVENTIONS, or empty."""
     if name and name not in CONVENTIONS:
         raise ValueError(f"--convention {name!r}: use one of {', '.join(CONVENTIONS)}, or leave it out")
-
-
-PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, as LLaVA-1.5 pads with
-SHARD_BYTES = 4_500_000_000  # one exported file, and the most that export holds in host memory
 
 
 class Policy(nn.Module):
