@@ -75,15 +75,11 @@ def run(main):
     """
     try:
         main()
-    except (ValueError, OSError) as error:
-        if not is_mistake(error):
-            traceback.print_exc()
-            sys.exit(1)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException:  # told before the process group is left, which makes the other ranks fail and speak
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
+        if is_mistake(error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        # Told before the process group is left, which makes the other ranks fail and speak.
         traceback.print_exc()
         sys.stderr.flush()
         sys.exit(1)
