@@ -19,6 +19,7 @@ writes   mfpo: <out>.jsonl (format: data.py) and <out>_distorted/*.png beside it
 """
 
 import functools
+import hashlib
 import json
 import math
 import re
@@ -26,6 +27,7 @@ import shutil
 import sys
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -36,9 +38,11 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
+import grounding
 import losses
 import model
 import runtime
+import sources
 import toy
 from runtime import knob, say
 
@@ -167,16 +171,20 @@ def keywords(text, vector_of, top=5, phi=1.0, gamma=1.0, decay=0.05, damping=0.8
     return [(words[i], float(score[i])) for i in order]
 
 
-def check_source(record, needs_rejected):
-    """Raise BadRecord unless a source record's objects and rejected answer can be used."""
-    for o in record.get("objects", []):
+def check_source(record):
+    """Raise BadRecord unless a source record's objects and rejected answer can be used for MFPO."""
+    objects = record.get("objects", [])
+    for o in objects if isinstance(objects, list) else [objects]:
         box = o.get("box") if isinstance(o, dict) and isinstance(o.get("word"), str) else None
         good = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
+        good = good and all(math.isfinite(v) for v in box)
         if not good or not (box[0] < box[2] and box[1] < box[3] and box[2] > 0 and box[3] > 0):
             message = (
                 f'field \'objects\' needs {{"word": text, "box": [x0, y0, x1, y1]}} with x0 < x1, y0 < y1, got {o!r}'
             )
             raise data.BadRecord("'objects' unusable", message)
+    if "chosen" not in record:
+        raise data.BadRecord("'chosen' missing", "is a closed-ended question: those are for build_data.py mbpo")
     if "rejected" in record:
         rejected = record["rejected"]
         if not isinstance(rejected, str) or rejected.strip() in ("", record["chosen"].strip()):
@@ -184,18 +192,8 @@ def check_source(record, needs_rejected):
                 f"field 'rejected' must be a text other than 'chosen', got {rejected!r}. Mend or delete the record"
             )
             raise data.BadRecord("'rejected' unusable", message)
-    elif needs_rejected:
+    elif record.get("source") != "toy":
         raise data.BadRecord("'rejected' missing", "field 'rejected' is missing. Add it to every record")
-
-
-def embedding_of(policy):
-    """word -> the mean of the model's own input embeddings over the word's tokens, so that no other model is needed."""
-    table = policy.hf.get_input_embeddings().weight.detach().float().cpu().numpy()
-
-    def vector_of(word):
-        return table[policy.tokenizer(word, add_special_tokens=False)["input_ids"]].mean(0)
-
-    return vector_of
 
 
 # ----------------------------------------------------------------------------------------- `build_data.py toy`
@@ -321,20 +319,157 @@ def build_toy(config):
         print(f"wrote {out}/base")
 
 
+# ------------------------------------------------------------------------------- what mfpo and mbpo builds share
+
+SOURCE_FIELDS = ("id", "image", "question", "chosen")
+
+
+def check_out(config):
+    """ValueError unless the files can be written: `out` a JSONL that is not the source, `sheet`, if any, a PNG."""
+    if not config.out.endswith(".jsonl") or Path(config.out).resolve() == Path(config.source).resolve():
+        raise ValueError(f"--out {config.out}: must be a .jsonl file other than --source {config.source}")
+    if config.sheet and not (config.sheet.endswith(".png") and Path(config.sheet).parent.is_dir()):
+        raise ValueError(f"--sheet {config.sheet}: must end in .png and lie in a folder that exists")
+    if config.source_format and config.source_format not in sources.FORMATS:
+        raise ValueError(f"--source_format {config.source_format!r}: use one of {', '.join(sources.FORMATS)}")
+    if config.images and not Path(config.images).is_dir():
+        raise ValueError(
+            f"--images {config.images}: no such folder. Name the one that the source's image paths start in"
+        )
+    if not Path(config.source).exists():
+        raise ValueError(f"--source {config.source}: no such file. Check it")
+    if min(config.batch - 1, config.seed) < 0:
+        raise ValueError("--batch must be positive and --seed not negative")
+    model.check_convention(config.convention)
+
+
+def source_records(config, check, copies=None):
+    """sources.records of the build's source; images to be copied go to `copies`."""
+    source = Path(config.source)
+    images = Path(config.images or (source if source.is_dir() else source.parent))
+    return sources.records(source, config.source_format, images, Path(config.out).parent, copies, check)
+
+
+def open_build(config, policy, check, kind):
+    """
+    Begin a build, or find the one that was stopped: <out>.parts holds its settings, the source's records in our form
+    and, later, the parts that are done. All ranks call it.
+
+    check     check(record) raises BadRecord unless the builder can use it
+    kind      name of a folder in the parts for the images that will be made
+    returns   the folder of the parts, the records (data.Lines)
+    """
+    out, parts = Path(config.out), Path(config.out).with_suffix(".parts")
+
+    def unpack():
+        before = parts.is_dir()
+        try:
+            open_parts(parts, config, policy, kind)
+            if not (parts / "source.jsonl").is_file():
+                read_source(config, parts, check)
+        except ValueError:
+            if not before:  # nothing is left behind by a mistake
+                shutil.rmtree(parts, ignore_errors=True)
+            raise
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    runtime.first_alone(unpack)
+    return parts, data.Lines(parts / "source.jsonl")
+
+
+def open_parts(parts, config, policy, kind):
+    """Make the folder of an unfinished build, or check that the one that is there is of the same settings and data."""
+    sha = hashlib.sha256()
+    for file in sources.files_of(config.source):
+        with open(file, "rb") as content:
+            while block := content.read(1 << 24):
+                sha.update(block)
+    mark = model.fingerprint(policy, runtime.device(), parts.parent, [{"source": sha.hexdigest()}])
+    path, settings = parts / "settings.json", vars(config) | {"fingerprint": mark}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        others = [name for name in settings if before.get(name) != settings[name] and name != "sheet"]
+        if others:
+            told = ", ".join(
+                "another source or model" if n == "fingerprint" else f"--{n} {before.get(n)}" for n in others
+            )
+            raise ValueError(f"{parts}: an unfinished build with {told}. Finish it so, or delete that folder")
+        print(f"going on with the unfinished build in {parts}")
+    else:
+        shutil.rmtree(parts, ignore_errors=True)  # of a build that was stopped before it began
+        (parts / kind).mkdir(parents=True)
+        runtime.write_text(path, json.dumps(settings))
+
+
+def read_source(config, parts, check):
+    """The source's usable records -> <parts>/source.jsonl; what is left out is counted by reason and printed."""
+    out, dropped = Path(config.out), Counter()
+
+    def usable():
+        found = source_records(config, check, out.with_name(f"{out.stem}_images"))
+        for where, record in tqdm(found, f"reading {config.source}", leave=False, unit="record", delay=2):
+            if isinstance(record, data.BadRecord):
+                if not (config.skip_bad or isinstance(record, sources.TextOnly)):
+                    raise ValueError(f"{where}: {record}")
+                dropped[record.reason] += 1
+                continue
+            dropped["a later turn of a conversation"] += record.pop("left_out", 0)
+            yield record
+
+    count = runtime.write_jsonl(parts / "source.jsonl", usable())
+    told = ", ".join(f"{reason} {n}" for reason, n in dropped.most_common() if n)
+    print(f"{count} records from {config.source}" + (f"; left out: {told}" if told else ""))
+    if not count:
+        raise ValueError(f"--source {config.source}: no usable records. See what was left out, and mend them")
+
+
+def publish(out, parts, kind, rows):
+    """What was built goes to its place: the images <parts>/<kind> to <out>_<kind>, `rows` to <out>. Returns a count."""
+    images = out.with_name(f"{out.stem}_{kind}")
+    if (parts / kind).is_dir():  # else it was moved before this was interrupted
+        out.unlink(missing_ok=True)  # an older build, whole until now
+        shutil.rmtree(images, ignore_errors=True)
+        (parts / kind).rename(images)
+    return runtime.write_jsonl(out, rows)
+
+
+def discard(parts):
+    """Delete the parts. Renamed first: half of them must never be taken for an unfinished build."""
+    gone = parts.with_suffix(".parts.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    parts.rename(gone)
+    shutil.rmtree(gone)
+
+
+def seeded(seed, record_id):
+    """A generator for one record: the same whatever the order of records and the number of processes."""
+    return np.random.default_rng([seed, zlib.crc32(record_id.encode())])
+
+
 # ---------------------------------------------------------------------------------------- `build_data.py mfpo`
 
 
 @dataclass
 class MfpoConfig:
-    source: str = knob("data/toy/preference.jsonl", "JSONL of records to turn into preferences")
-    model: str = knob("data/toy/base", "model whose answers are rejected and whose embeddings rank keywords")
+    source: str = knob("data/toy/preference.jsonl", "records to turn into preferences: a file, or a folder of .parquet")
+    source_format: str = knob("", f"{' | '.join(sources.FORMATS)}; empty: told by its fields")
+    images: str = knob("", "folder that the source's image paths start in; empty: the source's own")
+    model: str = knob(
+        "data/toy/base", "model that will be trained: its embeddings rank keywords, its input size counts"
+    )
     out: str = knob("data/toy/mfpo.jsonl", "where the records go; distorted images go beside it")
     region: str = knob("key", "where the noise goes: key | random | global (the paper's ablation)")
+    grounder: str = knob("", "finds keywords in images without boxes: id or folder of a Grounding DINO, or of a SAM 3")
+    segmenter: str = knob("", "makes Grounding DINO's boxes masks: id or folder of a SAM; empty: the boxes are noised")
+    threshold: float = knob(0.3, "a region counts if the grounder is as sure of it (ours)")
     # DEVIATION: the paper's best is t = 500 of an unknown schedule. vcd at 500 leaves 86 % of the image, which does not
     # hide a glyph of the toy world; ddpm at 400 leaves 44 %.
     schedule: str = knob("ddpm", "noise schedule: vcd | ddpm")
     t: int = knob(400, "diffusion step, 0 to 999; the paper's best is 500, its schedule unknown")
     top: int = knob(5, "keywords per answer, K in the paper")
+    explain: int = knob(0, "instead: print the ranked words of so many records")
+    skip_bad: bool = knob(False, "drop bad source records, counted by reason, instead of stopping at the first")
+    batch: int = knob(32, "records at a time; lower it when the grounder runs out of memory")
     convention: str = knob("", "how the model sees and is asked: original | hub; empty: what its folder says")
     seed: int = knob(0, "seed of the noise, the random regions and the sampled answers")
     sheet: str = knob("", "also draw a contact sheet of the first records into this PNG")
@@ -346,28 +481,13 @@ class MfpoConfig:
             raise ValueError(f"--schedule {self.schedule!r}: use vcd or ddpm")
         if not 0 <= self.t < 1000:
             raise ValueError(f"--t {self.t}: a diffusion step lies in 0 to 999")
-        if self.top < 1 or self.seed < 0:
-            raise ValueError(f"--top must be positive and --seed not negative, got {self.top} and {self.seed}")
-        check_out(self.out, self.source, self.sheet)
-        model.check_convention(self.convention)
-
-
-def check_out(out, source, sheet):
-    """ValueError unless the files can be written: `out` a JSONL beside the source, `sheet`, if any, a PNG."""
-    if not out.endswith(".jsonl") or Path(out).resolve() == Path(source).resolve():
-        raise ValueError(f"--out {out}: must be a .jsonl file other than --source {source}")
-    if Path(out).parent.resolve() != Path(source).parent.resolve():
-        raise ValueError(f"--out {out}: must lie beside --source {source}, for the records name images relative to it")
-    if sheet and not (sheet.endswith(".png") and Path(sheet).parent.is_dir()):
-        raise ValueError(f"--sheet {sheet}: must end in .png and lie in a folder that exists")
-
-
-SOURCE_FIELDS = {"id": str, "image": str, "question": str, "chosen": str}
-
-
-def seeded(seed, record_id):
-    """A generator for one record: the same whatever the order of records and the number of processes."""
-    return np.random.default_rng([seed, zlib.crc32(record_id.encode())])
+        if self.top < 1 or self.explain < 0 or not 0 <= self.threshold < 1:
+            raise ValueError("--top must be positive, --explain not negative, --threshold in [0, 1)")
+        if self.segmenter and not self.grounder:
+            raise ValueError(
+                "--segmenter turns a grounder's boxes into masks: name a Grounding DINO with --grounder too"
+            )
+        check_out(self)
 
 
 def own_answers(policy, records, folder, seed, batch=64):
@@ -376,7 +496,7 @@ def own_answers(policy, records, folder, seed, batch=64):
     torch.manual_seed(seed)
     with torch.no_grad():
         for i in tqdm(range(0, len(records), batch), "the model's own answers", leave=False):
-            chunk = records[i : i + batch]
+            chunk = [records[k] for k in range(i, min(i + batch, len(records)))]
             pixels = model.load_pixels(policy, folder, [r["image"] for r in chunk]).to(policy.mean.device)
             prompts = [
                 data.encode_prompt(policy.tokenizer, r["question"], policy.template, policy.image_tokens) for r in chunk
@@ -407,63 +527,121 @@ def reject(record, answer, rng):
     return toy.say(changed, record["question"]), origin
 
 
-def build_mfpo(config):
-    """Records of `source` -> MFPO records with distorted images. Prints what it used and what it could not."""
-    source, out = Path(config.source), Path(config.out)
-    records = data.read_records(source, SOURCE_FIELDS)
-    toy_world = all(record.get("source") == "toy" for record in records)
-    data.keep_good(
-        records,
-        lambda record: check_source(record, needs_rejected=not toy_world),
-        lambda record: f"{source}, record {record['id']!r}",
-        skip_bad=False,
-        title=f"checking {source}",
-    )
-    place = functools.partial(runtime.whole, device=runtime.device())  # rank 0 does this alone
+def toy_answers(config, parts, records):
+    """Rank 0: the base model's answers to a toy source without rejected ones, in <parts>/answers.jsonl, or nothing."""
+    if (parts / "answers.jsonl").is_file() or all("rejected" in record for record in records):
+        return
+    place = functools.partial(runtime.whole, device=runtime.device())
     policy = model.load(config.model, convention=config.convention, trained=False, place=place).eval()
-    folder, images = source.parent, Path(f"{out.stem}_distorted")
-    print(f"{len(records)} records from {source}; noise: {config.schedule} t={config.t}, regions: {config.region}")
-    missing = any("rejected" not in record for record in records)
-    answers = own_answers(policy, records, folder, config.seed) if missing else [None] * len(records)
-    mean, std = (getattr(policy, name).flatten().cpu().numpy().astype(np.float64) for name in ("mean", "std"))
+    answers = own_answers(policy, records, Path(config.out).parent, config.seed)
+    runtime.write_jsonl(parts / "answers.jsonl", [{"answer": answer} for answer in answers])
+
+
+def build_mfpo(config):
+    """
+    Records of `source` -> MFPO records with distorted images. All ranks call it; a build that was stopped goes on.
+    """
+    policy = model.load(config.model, convention=config.convention, trained=False, weights=False)
+    table = model.stored_weight(policy, "model.language_model.embed_tokens.weight").numpy()
+
+    def vector_of(word):  # the mean of the model's input embeddings over the word's tokens: no other model is needed
+        return table[policy.tokenizer(word, add_special_tokens=False)["input_ids"]].mean(0)
+
+    if config.explain:
+        runtime.first_alone(lambda: explain(config, vector_of))
+        return
+    out = Path(config.out)
+    parts, records = open_build(config, policy, check_source, "distorted")
+    runtime.first_alone(lambda: toy_answers(config, parts, records))
+    answers = data.Lines(parts / "answers.jsonl") if (parts / "answers.jsonl").is_file() else None
+    finder = grounding.load(config.grounder, config.segmenter, runtime.device()) if config.grounder else None
     root = sqrt_alpha_bar(config.schedule)[config.t]
-    vector_of = embedding_of(policy)
-    aside = folder / f"{images}.tmp"  # an older build stays whole until this one is
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    rows, counts = [], {}
-    for number, (record, answer) in enumerate(
-        zip(tqdm(records, "distorting", leave=False, delay=2), answers, strict=True)
-    ):
+    mean, std = (getattr(policy, name).flatten().numpy().astype(np.float64) for name in ("mean", "std"))
+
+    def distorted(i, record, words, image, found):
+        """One record: its rejected answer, its mask, its distorted image, its line."""
         rng = seeded(config.seed, record["id"])
-        rejected, origin = (record["rejected"], "given") if "rejected" in record else reject(record, answer, rng)
-        # DEVIATION: the paper has SAM find the keywords in the image; here the record's own boxes say where they are.
-        words = [word for word, _ in keywords(record["chosen"], vector_of, config.top)]
-        regions = [{"word": o["word"], "box": o["box"]} for o in record.get("objects", []) if o["word"] in words]
+        rejected, origin = record.get("rejected"), "given"
+        if rejected is None:
+            rejected, origin = reject(record, answers[i]["answer"], rng)
+        regions, masks = found
         kind = "global" if config.region == "key" and not regions else config.region
-        image = np.asarray(data.load_image(data.image_path(folder, record["image"])))
-        mask = region_mask(kind, [r["box"] for r in regions], image.shape[1::-1], rng)
-        name = f"{number:06}.png"
-        Image.fromarray(distort(image, mask, root, mean, std, rng)).save(aside / name)
-        row = {key: record[key] for key in SOURCE_FIELDS}
-        row |= {
-            "rejected": rejected,
-            "rejected_from": origin,
-            "image_rejected": str(images / name),
-            "region_kind": kind,
-        }
-        row |= {"regions": regions if kind == "key" else [], "keywords": words, "source": record.get("source", "")}
-        row["noise"] = {"schedule": config.schedule, "t": config.t, "sqrt_alpha_bar": round(float(root), 4)}
-        rows.append(row)
-        for label in (f"rejected: {origin}", f"region: {kind}"):
-            counts[label] = counts.get(label, 0) + 1
-    out.unlink(missing_ok=True)
-    shutil.rmtree(folder / images, ignore_errors=True)
-    aside.rename(folder / images)
-    runtime.write_jsonl(out, rows)
-    print(f"wrote {out}: {len(rows)} records; " + ", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
+        mask = region_mask(kind, [region["box"] for region in regions], image.size, rng)
+        if kind == "key" and masks is not None:
+            mask = masks.any(0)
+        # DEVIATION: noise is added to the image as the model sees it, at its input size; the paper does not say. On a
+        # large photograph the same noise would be averaged away when it is made small.
+        mask = model.to_square(Image.fromarray(mask), policy.image_size, policy.pad, 0, Image.Resampling.BOX)
+        seen = np.asarray(model.to_square(image, policy.image_size, policy.pad))
+        name = f"{i:06}.png"
+        noisy = distort(seen, np.asarray(mask, bool), root, mean, std, rng)
+        Image.fromarray(noisy).save(parts / "distorted" / name)
+        line = {key: record[key] for key in SOURCE_FIELDS} | {"rejected": rejected, "rejected_from": origin}
+        line |= {"image_rejected": f"{out.stem}_distorted/{name}", "region_kind": kind}
+        line |= {"regions": regions if kind == "key" else [], "keywords": words, "source": record.get("source", "")}
+        line["noise"] = {"schedule": config.schedule, "t": config.t, "sqrt_alpha_bar": round(float(root), 4)}
+        return line | ({"origin": record["origin"]} if "origin" in record else {})
+
+    def distort_part(pick):
+        chosen = [records[i] for i in pick]
+        words = [[word for word, _ in keywords(record["chosen"], vector_of, config.top)] for record in chosen]
+        with ThreadPoolExecutor(8) as pool:  # decoding and encoding images releases the interpreter's lock
+            images = list(pool.map(lambda r: data.load_image(data.image_path(out.parent, r["image"])), chosen))
+            # DEVIATION: the paper has SAM find the keywords in the image; boxes that the record has are taken first.
+            found = [(own_regions(record, named), None) for record, named in zip(chosen, words, strict=True)]
+            asked = [k for k, record in enumerate(chosen) if not record.get("objects") and words[k]]
+            if finder and config.region == "key" and asked:
+                answers_of = finder([images[k] for k in asked], [words[k] for k in asked], config.threshold)
+                for k, answer in zip(asked, answers_of, strict=True):
+                    found[k] = answer
+            return list(pool.map(distorted, pick, chosen, words, images, found))
+
+    say(f"{len(records)} records; noise: {config.schedule} t={config.t}, regions: {config.region}")
+    lines = runtime.in_parts(parts, "record", "distorting", range(len(records)), config.batch, distort_part)
+    runtime.first_alone(lambda: finish_mfpo(config, out, parts, lines))
+
+
+def own_regions(record, words):
+    """The boxes that a record has of its keywords."""
+    return [{"word": o["word"], "box": o["box"]} for o in record.get("objects", []) if o["word"] in words]
+
+
+def explain(config, vector_of):
+    """Print the ranked words of the first records."""
+    shown = 0
+    for where, record in source_records(config, check_source):
+        if isinstance(record, data.BadRecord):
+            print(f"{where}: left out, {record.reason}")
+            continue
+        print(f"record {record['id']}: {record['chosen']}")
+        for rank, (word, score) in enumerate(keywords(record["chosen"], vector_of, 2 * config.top), 1):
+            print(f"    {rank:2} {score:.3f} {word}" + ("" if rank <= config.top else "  (not used: over --top)"))
+        shown += 1
+        if shown == config.explain:
+            break
+
+
+def finish_mfpo(config, out, parts, lines):
+    """Put the parts together, count and tell what was used and what could not be."""
+    counts, first = Counter(), []
+
+    def counted():
+        for line in lines:
+            counts.update((f"rejected: {line['rejected_from']}", f"region: {line['region_kind']}"))
+            if len(first) < 8:
+                first.append(line)
+            yield line
+
+    number = publish(out, parts, "distorted", counted())
+    print(f"wrote {out}: {number} records; " + ", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
+    if config.region == "key" and counts["region: global"]:
+        remedy = "" if config.grounder else ". Without boxes in the records, name a --grounder to find them"
+        print(
+            f"note: {counts['region: global']} records have global noise, for no region of a keyword was found{remedy}"
+        )
+    discard(parts)
     if config.sheet:
-        draw_sheet(rows[:8], folder, config.sheet)
+        draw_sheet(first, out.parent, config.sheet)
         print(f"wrote {config.sheet}")
 
 
@@ -511,11 +689,11 @@ def check_toy(method, config, data_path):
 
 def prepare_toy(folder, seed):
     """Build what the toy world in `folder` lacks, but for the records to train on. Returns the base model's folder."""
-    build_toy(ToyConfig(out=str(folder), seed=seed))
+    runtime.first_alone(lambda: build_toy(ToyConfig(out=str(folder), seed=seed)))
     base = str(folder / "base")
     for split in ("val", "test"):
         source, out = folder / f"{split}.jsonl", folder / f"mfpo_{split}.jsonl"
-        if not out.is_file():
+        if not runtime.first_alone(out.is_file):
             build_mfpo(MfpoConfig(source=str(source), out=str(out), model=base, seed=seed))
     return base
 
@@ -525,7 +703,9 @@ def prepare_toy(folder, seed):
 
 @dataclass
 class MbpoConfig:
-    source: str = knob("data/toy/preference.jsonl", "JSONL of records with a true answer each")
+    source: str = knob("data/toy/preference.jsonl", "records with a true answer each, or closed-ended questions")
+    source_format: str = knob("", f"{' | '.join(sources.FORMATS)}; empty: told by its fields")
+    images: str = knob("", "folder that the source's image paths start in; empty: the source's own")
     model: str = knob("data/toy/base", "model to attack; its answers to attacked images become the rejected ones")
     out: str = knob("data/toy/mbpo.jsonl", "where the records go; attacked images and questions go beside it")
     iig_keep: float = knob(0.5, "share of records kept, those with the largest image information gain; 1 keeps all")
@@ -533,7 +713,7 @@ class MbpoConfig:
     eps: str = knob("4/255", "largest change of a pixel, pixels being in [0, 1]; our choice, see runs/mbpo_attack.sh")
     alpha: str = knob("1/255", "step of pgd; below 1/255 part of it is lost in bfloat16")
     steps: int = knob(10, "steps of pgd")
-    questions: int = knob(2000, "closed-ended questions to write to <out>_closed.jsonl (toy source only); 0: none")
+    questions: int = knob(2000, "closed-ended questions: so many are made of a toy source, or kept of a source of them")
     max_new_tokens: int = knob(128, "answers that do not end within so many tokens are dropped")
     max_length: int = knob(2048, "tokens of image, question and answer; a longer record is an error, never cut")
     skip_bad: bool = knob(False, "drop bad source records, counted by reason, instead of stopping at the first")
@@ -550,13 +730,12 @@ class MbpoConfig:
         if pixels_in("--eps", self.eps) < 1 / 255:
             raise ValueError(f"--eps {self.eps}: less than 1/255 vanishes when the image is rounded to 8 bits")
         pixels_in("--alpha", self.alpha)
-        for name in ("steps", "max_new_tokens", "max_length", "batch"):
+        for name in ("steps", "max_new_tokens", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
-        if min(self.seed, self.questions) < 0:
-            raise ValueError("--seed and --questions must not be negative")
-        check_out(self.out, self.source, self.sheet)
-        model.check_convention(self.convention)
+        if self.questions < 0:
+            raise ValueError("--questions must not be negative")
+        check_out(self)
 
 
 def pixels_in(flag, text):
@@ -646,53 +825,60 @@ def build_mbpo(config):
     """
     Records of `source` -> MBPO records: choose by information gain, attack, let the model answer, drop what is no
     answer. All ranks call it. What is done is kept in <out>.parts, so a build that was stopped goes on from there.
+    Of a source of closed-ended questions, --questions of them are kept, in this project's form; nothing is attacked.
     """
-    source, out = Path(config.source), Path(config.out)
-    records = data.read_records(source, SOURCE_FIELDS, config.skip_bad)
+    out = Path(config.out)
+    if runtime.first_alone(lambda: asks_closed(config)):
+        runtime.first_alone(lambda: keep_questions(config, out))
+        return
     device = runtime.device()
     place = functools.partial(runtime.shard, device=device)
     policy = model.load(config.model, convention=config.convention, trained=False, place=place).eval()
     encoding = (policy.tokenizer, policy.template, policy.image_tokens, config.max_length)
-    records, rows = data.encode_records(data.chosen_row, records, source, *encoding, config.skip_bad)
-    folder, parts = source.parent, out.with_suffix(".parts")
-    runtime.first_alone(lambda: open_parts(parts, config, model.fingerprint(policy, device, folder, records)))
+    parts, records = open_build(config, policy, lambda record: data.chosen_row(record, *encoding), "attacked")
     eps, alpha = pixels_in("--eps", config.eps), pixels_in("--alpha", config.alpha)
-    say(f"{len(records)} records from {source}; attack: {config.attack} eps={config.eps}")
+    say(f"{len(records)} records; attack: {config.attack} eps={config.eps}")
+
+    def rows_and_pixels(pick):
+        chosen = [records[i] for i in pick]
+        pixels = model.load_pixels(policy, out.parent, [record["image"] for record in chosen]).to(device)
+        return chosen, [data.chosen_row(record, *encoding) for record in chosen], pixels
 
     def gain_of(pick):
-        pixels = model.load_pixels(policy, folder, [records[i]["image"] for i in pick]).to(device)
-        return [{"iig": gain} for gain in image_gain(policy, [rows[i] for i in pick], pixels).tolist()]
+        _, rows, pixels = rows_and_pixels(pick)
+        gains = image_gain(policy, rows, pixels).tolist()
+        return [{"iig": gain, "tokens": len(row.answers[0])} for gain, row in zip(gains, rows, strict=True)]
 
-    found = in_parts(parts, "gain", range(len(records)), config.batch, gain_of, policy)
-    gains = np.array([line["iig"] for line in found])
+    with runtime.summoned(policy):
+        everything = range(len(records))
+        lines = runtime.in_parts(parts, "gain", "information gain", everything, config.batch, gain_of)
+        gains, length = np.array([(line["iig"], line["tokens"]) for line in lines]).T
     kept = np.sort(np.argsort(-gains, kind="stable")[: max(1, round(len(gains) * config.iig_keep))])
-    length = np.array([len(row.answers[0]) for row in rows])
     say(
         f"information gain: kept {len(kept)} of {len(gains)}, {gains[kept].mean():.2f} nats per token against "
         f"{gains.mean():.2f} over all; their answers have {length[kept].mean():.1f} tokens against {length.mean():.1f}"
     )
 
     def mine(pick):
-        pixels = model.load_pixels(policy, folder, [records[i]["image"] for i in pick]).to(device)
-        draws = [seeded(config.seed, records[i]["id"]).uniform(-1, 1, pixels.shape[1:]) for i in pick]
+        chosen, rows, pixels = rows_and_pixels(pick)
+        draws = [seeded(config.seed, record["id"]).uniform(-1, 1, pixels.shape[1:]) for record in chosen]
         noise = torch.from_numpy(np.stack(draws)).float().to(device)
-        chosen = [rows[i] for i in pick]
-        attacked = attack_images(policy, chosen, pixels, noise, config.attack, eps, alpha, config.steps)
+        attacked = attack_images(policy, rows, pixels, noise, config.attack, eps, alpha, config.steps)
         with torch.no_grad():
-            answers, ended = policy("generate", attacked, [row.prefix for row in chosen], config.max_new_tokens)
-            fall = mean_logp(policy, chosen, pixels) - mean_logp(policy, chosen, attacked)
+            answers, ended = policy("generate", attacked, [row.prefix for row in rows], config.max_new_tokens)
+            fall = mean_logp(policy, rows, pixels) - mean_logp(policy, rows, attacked)
         lines = []
-        for k, i in enumerate(pick):
+        for k, (i, record) in enumerate(zip(pick, chosen, strict=True)):
             name = f"{i:06}.png"
             image = (attacked[k] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
             Image.fromarray(image).save(parts / "attacked" / name)
             used = {"kind": config.attack, "eps": round(eps, 6)}
             used |= {"alpha": round(alpha, 6), "steps": config.steps} if config.attack == "pgd" else {}
-            line = {key: records[i][key] for key in SOURCE_FIELDS} | {"rejected": answers[k]}
-            line |= {"image_attacked": f"{out.stem}_attacked/{name}", "iig": found[i]["iig"], "attack": used}
+            line = {key: record[key] for key in SOURCE_FIELDS} | {"rejected": answers[k]}
+            line |= {"image_attacked": f"{out.stem}_attacked/{name}", "iig": float(gains[i]), "attack": used}
             # How many nats per token the attack took from the chosen answer.
-            line |= {"fall": fall[k].item(), "source": records[i].get("source", "")}
-            reason = why_drop(answers[k], records[i]["chosen"], ended[k])
+            line |= {"fall": fall[k].item(), "source": record.get("source", "")}
+            reason = why_drop(answers[k], record["chosen"], ended[k])
             if not reason:
                 try:  # what is kept can be trained on
                     data.pair_row(line, *encoding)
@@ -701,81 +887,73 @@ def build_mbpo(config):
             lines.append(line | {"dropped": reason})
         return lines
 
-    mined = in_parts(parts, "attack", kept.tolist(), config.batch, mine, policy)
-    runtime.first_alone(lambda: finish_mbpo(config, out, parts, records, mined, policy.pad))
-
-
-def open_parts(parts, config, fingerprint):
-    """Make the folder of an unfinished build, or check that the one that is there is of the same settings and data."""
-    path, settings = parts / "settings.json", vars(config) | {"fingerprint": fingerprint}
-    if path.is_file():
-        before = json.loads(path.read_text())
-        others = [name for name in settings if before.get(name) != settings[name] and name != "sheet"]
-        if others:
-            told = ", ".join(
-                "another source or model" if n == "fingerprint" else f"--{n} {before.get(n)}" for n in others
-            )
-            raise ValueError(f"{parts}: an unfinished build with {told}. Finish it so, or delete that folder")
-        print(f"going on with the unfinished build in {parts}")
-    else:
-        shutil.rmtree(parts, ignore_errors=True)  # of a build that was stopped before it began
-        (parts / "attacked").mkdir(parents=True)
-        runtime.write_text(path, json.dumps(settings))
-
-
-def in_parts(parts, name, items, batch, work, policy):
-    """
-    work(items of a part) -> one line for each item, for all items; every rank gets all lines in order.
-
-    A part is `batch` items, whatever the number of processes, and its file appears once it is whole: so the same
-    lines come out of any number of processes, and a part that is there already is not done again.
-    """
-    chunks = [items[i : i + batch] for i in range(0, len(items), batch)]
-    files = [parts / f"{name}_{number:06}.jsonl" for number in range(len(chunks))]
-    todo = runtime.first_alone(lambda: [number for number, file in enumerate(files) if not file.is_file()])
-    title = {"gain": "information gain", "attack": "attacking and answering"}[name]
-    bar = tqdm(total=len(items), desc=title, leave=False, unit="record", disable=runtime.rank() > 0)
-    bar.update(len(items) - sum(len(chunks[number]) for number in todo))
     with runtime.summoned(policy):
-        for number in runtime.my_share(todo):
-            runtime.write_jsonl(files[number], work(chunks[number]))
-            bar.update(min(runtime.world() * len(chunks[number]), bar.total - bar.n))
-    bar.close()
-    runtime.barrier()
-    return [line for file in files for _, line in data.read_jsonl(file)]
+        runtime.in_parts(parts, "attack", "attacking and answering", kept.tolist(), config.batch, mine)
+    runtime.first_alone(lambda: finish_mbpo(config, out, parts, records, policy.pad))
 
 
-def finish_mbpo(config, out, parts, records, mined, pad):
+def finish_mbpo(config, out, parts, records, pad):
     """Put the parts together: what was dropped, attacked images, questions, records; then the parts can go."""
-    images, gone = out.with_name(f"{out.stem}_attacked"), parts.with_suffix(".parts.tmp")
-    reasons = Counter(line["dropped"] for line in mined if line["dropped"])
-    rows = [{k: v for k, v in line.items() if k != "dropped"} for line in mined if not line["dropped"]]
-    runtime.write_jsonl(out.with_name(f"{out.stem}_dropped.jsonl"), [line for line in mined if line["dropped"]])
-    shutil.rmtree(gone, ignore_errors=True)
-    if rows:
-        if (parts / "attacked").is_dir():  # else it was moved before this was interrupted
-            out.unlink(missing_ok=True)  # an older build, whole until now
-            shutil.rmtree(images, ignore_errors=True)
-            (parts / "attacked").rename(images)
-        if config.questions and all(record.get("source") == "toy" for record in records):
-            asked = closed_questions(records, config.questions, np.random.default_rng([config.seed, 5]))
-            runtime.write_jsonl(out.with_name(f"{out.stem}_closed.jsonl"), asked)
-            print(f"wrote {out.stem}_closed.jsonl: {len(asked)} closed-ended questions")
-        elif config.questions:
-            print("no closed-ended questions: they are made for the toy world only. Train with --questions <your own>")
-        runtime.write_jsonl(out, rows)
-    parts.rename(gone)  # at once: half of the parts must never be taken for an unfinished build
-    shutil.rmtree(gone)
-    dropped = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "none"
-    if not rows:
+    reasons, first = Counter(), []
+
+    def mined(dropped):
+        for file in sorted(parts.glob("attack_*.jsonl")):
+            for _, line in data.read_jsonl(file):
+                reason = line.pop("dropped")
+                if bool(reason) == dropped:
+                    yield line | ({"dropped": reason} if dropped else {})
+
+    def kept():
+        for line in mined(dropped=False):
+            if len(first) < 8:
+                first.append(line)
+            yield line
+
+    gone = out.with_name(f"{out.stem}_dropped.jsonl")
+    runtime.write_jsonl(gone, mined(dropped=True))
+    reasons.update(line["dropped"] for line in mined(dropped=True))
+    told = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "none"
+    if next(mined(dropped=False), None) is None:
+        discard(parts)
         raise ValueError(
-            f"{config.source}: no mined answer can be used; dropped: {dropped}. Look at {out.stem}_dropped.jsonl, and "
+            f"{config.source}: no mined answer can be used; dropped: {told}. Look at {gone.name}, and "
             "change --eps or --attack"
         )
-    print(f"wrote {out}: {len(rows)} records; dropped: {dropped} (kept in {out.stem}_dropped.jsonl)")
+    if config.questions and all(record.get("source") == "toy" for record in records):
+        asked = closed_questions(list(records), config.questions, np.random.default_rng([config.seed, 5]))
+        runtime.write_jsonl(out.with_name(f"{out.stem}_closed.jsonl"), asked)
+        print(f"wrote {out.stem}_closed.jsonl: {len(asked)} closed-ended questions")
+    elif config.questions:
+        print("no closed-ended questions: they are made for the toy world only. Build some from a set of them")
+    count = publish(out, parts, "attacked", kept())
+    discard(parts)
+    print(f"wrote {out}: {count} records; dropped: {told} (kept in {gone.name})")
     if config.sheet:
-        draw_attacks(rows[:8], out.parent, config.sheet, pad)
+        draw_attacks(first, out.parent, config.sheet, pad)
         print(f"wrote {config.sheet}")
+
+
+def asks_closed(config):
+    """Is the source a set of closed-ended questions?"""
+    where, raw = next(sources.read(config.source), (config.source, {}))
+    return (config.source_format or sources.recognise(raw, where)) in sources.CLOSED
+
+
+def keep_questions(config, out):
+    """A source of closed-ended questions -> --questions of them (0: all), drawn by the seed, in the source's order."""
+    aside = out.with_suffix(".questions")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        read_source(config, aside, data.check_question)
+        asked = data.Lines(aside / "source.jsonl")
+        count = min(config.questions or len(asked), len(asked))
+        pick = np.sort(np.random.default_rng(config.seed).permutation(len(asked))[:count])
+        runtime.write_jsonl(out, (asked[i] for i in pick))
+    finally:
+        shutil.rmtree(aside)
+    print(f"wrote {out}: {count} of {len(asked)} closed-ended questions")
 
 
 def draw_attacks(rows, folder, path, pad, zoom=192, factor=20):
@@ -817,10 +995,9 @@ def draw_attacks(rows, folder, path, pad, zoom=192, factor=20):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    # mbpo splits its work over the ranks; the others are quick, and rank 0 does them alone.
     commands = {
         "toy": (ToyConfig, lambda config: runtime.first_alone(lambda: build_toy(config))),
-        "mfpo": (MfpoConfig, lambda config: runtime.first_alone(lambda: build_mfpo(config))),
+        "mfpo": (MfpoConfig, build_mfpo),
         "mbpo": (MbpoConfig, build_mbpo),
     }
     if argv and argv[0] in ("-h", "--help"):
@@ -835,8 +1012,13 @@ def main(argv=None):
     if argv[0] == "toy":
         say(f"next: python build_data.py mfpo --source {config.out}/preference.jsonl --model {config.out}/base "
             f"--out {config.out}/mfpo.jsonl")  # fmt: skip
+        return
+    base = "" if Path(config.model) == Path(config.out).parent / "base" else f"--model {config.model} "
+    if argv[0] == "mfpo" and config.explain:
+        say("next: the same without --explain builds the records")
+    elif argv[0] == "mbpo" and asks_closed(config):
+        say(f"next: torchrun train_mbpo.py {base}--questions {config.out} --data <records mined by build_data.py mbpo>")
     else:
-        base = "" if Path(config.model) == Path(config.out).parent / "base" else f"--model {config.model} "
         closed = Path(config.out).with_name(f"{Path(config.out).stem}_closed.jsonl")
         alone = "" if argv[0] == "mfpo" or closed.is_file() else " --online_fraction 0"
         say(f"next: torchrun train_{argv[0]}.py {base}--data {config.out}{alone}")

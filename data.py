@@ -27,6 +27,7 @@ log-probabilities are those of separate forward passes. Image tokens are never t
 
 import json
 import os
+import re
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -39,12 +40,14 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 MAX_PIXELS = 50_000_000  # larger images are refused: a decompression bomb would take the machine down (ours)
+MAX_SIDE, MAX_ASPECT = 14_000, 100  # so are long ones, for LLaVA pads to a square of the longer side (ours)
 MFPO_FIELDS = dict.fromkeys(("id", "image", "question", "chosen", "rejected", "image_rejected"), str)
 MBPO_FIELDS = dict.fromkeys(("id", "image", "question", "chosen", "rejected"), str)
 QUESTION_FIELDS = dict.fromkeys(("id", "image", "question", "kind", "answer"), str)
 QUESTION_KINDS = ("yesno", "choice", "number", "word")
 FIRST = os.environ.get("RANK", "0") == "0"  # all processes read, one of them tells
 REGION_KINDS = ("key", "random", "global")
+SPACE = re.compile(r"[ \t\r\n]*")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -77,23 +80,89 @@ def read_jsonl(path):
             raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it") from None
 
 
-def load_image(path):
-    """An image file as upright RGB. Raises BadRecord naming the file if it is missing, damaged or too large."""
+def read_json_list(path, block=1 << 20, longest=1 << 26):
+    """
+    Yield (where, object) for each item of a file that is one JSON list, as datasets of millions of records are: read
+    block by block, so that memory does not grow with the file. ValueError where it breaks: what follows is lost.
+    """
+    decoder, text, at, number = json.JSONDecoder(), "", 0, 0
+    with open(path, encoding="utf-8") as file:
+        text = file.read(block).lstrip("\ufeff \t\r\n")[1:]  # after the opening bracket
+        while True:
+            at = SPACE.match(text, at).end()
+            where = f"{path}, item {number + 1}"
+            if text[at : at + 1] == "]":
+                return
+            try:
+                value, end = decoder.raw_decode(text, at)
+                end = SPACE.match(text, end).end()
+            except (ValueError, RecursionError) as error:  # cut off by the end of the block, or broken
+                cut = isinstance(error, json.JSONDecodeError) and len(text) - at <= longest
+                if not cut:
+                    raise ValueError(f"{where}: not JSON ({str(error)[:80]}). Mend the file") from None
+                end = len(text)
+            if end < len(text):  # else a number could go on in the next block
+                if text[end] not in ",]":
+                    raise ValueError(
+                        f"{where}: {text[end : end + 20]!r} follows it, no comma or bracket. Mend the file"
+                    )
+                yield where, value
+                at, number = end + (text[end] == ","), number + 1
+                continue
+            more = file.read(block)
+            if not more:
+                raise ValueError(f"{where}: the file ends within it. Mend the file, or fetch it again")
+            text, at = text[at:] + more, 0
+
+
+def read_json(path):
+    """Yield (where, object) for each record of a JSONL file or of a file that is one JSON list."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file. Name a .jsonl file, or a .json file that holds a list")
+    try:
+        with open(path, encoding="utf-8") as file:
+            start = file.read(1 << 10).lstrip("\ufeff \t\r\n")[:1]
+        yield from read_json_list(path) if start == "[" else read_jsonl(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it") from None
+
+
+def load_image(file, name=""):
+    """
+    An image file (a path, or an open file called `name` in messages) as upright RGB. Raises BadRecord naming the file
+    if it is missing, damaged, too large, of a shape of which nothing would be left, or not of 8 bits a channel.
+    """
+    name = name or file
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked below
-            with Image.open(path) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise BadRecord(
-                        "image too large", f"{path}: {width} x {height} is over {MAX_PIXELS} pixels. Shrink it"
-                    )
+            with Image.open(file) as image:
+                check_shape(name, *image.size)
+                if image.mode[0] in "IF":  # their conversion to RGB clips: most of such an image would become white
+                    message = f"{name}: has {image.mode} pixels, of more than 8 bits. Convert it to an 8-bit image"
+                    raise BadRecord("image not of 8 bits", message)
                 return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
-        raise BadRecord("image missing", f"{path}: no such image. Put it there or delete the record") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        message = f"{path}: cannot be read as an image ({error}). Replace it or delete the record"
+        raise BadRecord("image missing", f"{name}: no such image. Put it there or delete the record") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, BadRecord):
+            raise
+        message = f"{name}: cannot be read as an image ({error}). Replace it or delete the record"
         raise BadRecord("image unreadable", message) from None
+
+
+def check_shape(name, width, height):
+    """BadRecord unless an image of this shape can be brought to the model's square with something left to see."""
+    if width * height > MAX_PIXELS:
+        raise BadRecord("image too large", f"{name}: {width} x {height} is over {MAX_PIXELS} pixels. Shrink it")
+    longer, shorter = max(width, height), min(width, height)
+    if longer > MAX_SIDE or longer > MAX_ASPECT * shorter:
+        message = (
+            f"{name}: {width} x {height} is longer than {MAX_SIDE} pixels or {MAX_ASPECT} times its width: padded to a "
+            "square, little of it would be left. Crop it or delete the record"
+        )
+        raise BadRecord("image too long", message)
 
 
 def image_path(folder, name):
@@ -108,6 +177,24 @@ def image_path(folder, name):
         message = f"image {name!r} lies outside {folder}. Use a path relative to the data folder, inside it"
         raise BadRecord("image outside the folder", message)
     return folder / name
+
+
+class Lines:
+    """The records of a JSONL file by index, read when asked for: only where each line begins is kept in memory."""
+
+    def __init__(self, path):
+        self.path, starts = Path(path), [0]
+        with open(path, "rb") as file:
+            starts += (file.tell() for _ in iter(file.readline, b""))
+        self.starts = np.array(starts[:-1], dtype=np.int64)
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, index):
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[index])
+            return json.loads(file.readline())
 
 
 def check_record(record, fields, folder):

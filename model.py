@@ -224,24 +224,29 @@ class Policy(nn.Module):
         ]
 
 
-def to_pixels(image, size, pad=False):
+def to_square(image, size, pad, colour=PAD_COLOUR, resample=Image.Resampling.BICUBIC):
     """
-    PIL image -> (3, size, size) float32 in [0, 1]. With `pad` as LLaVA-1.5 does it: padded to a square, then resized
-    (bicubic). Without, as the hub's processor does it: the shorter side resized, the centre cropped, so that objects at
-    the border may be lost. An image of that size passes unchanged.
+    PIL image -> PIL image of (size, size). With `pad` as LLaVA-1.5 does it: padded to a square, then resized. Without,
+    as the hub's processor does it: the shorter side resized, the centre cropped, so that objects at the border may be
+    lost. An image of that size passes unchanged.
     """
     width, height = image.size
-    if pad and (width, height) != (size, size):
+    if (width, height) == (size, size):
+        return image
+    if pad:
         side = max(width, height)
-        square = Image.new("RGB", (side, side), PAD_COLOUR)
+        square = Image.new(image.mode, (side, side), colour)
         square.paste(image, ((side - width) // 2, (side - height) // 2))
-        image = square.resize((size, size), Image.Resampling.BICUBIC)
-    elif (width, height) != (size, size):
-        scale = size / min(width, height)
-        image = image.resize((max(size, int(width * scale)), max(size, int(height * scale))), Image.Resampling.BICUBIC)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return square.resize((size, size), resample)
+    scale = size / min(width, height)
+    image = image.resize((max(size, int(width * scale)), max(size, int(height * scale))), resample)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_pixels(image, size, pad=False):
+    """PIL image -> (3, size, size) float32 in [0, 1], as `to_square` has it."""
+    return torch.from_numpy(np.array(to_square(image, size, pad))).permute(2, 0, 1).float() / 255
 
 
 def load_pixels(policy, folder, names):
@@ -309,7 +314,7 @@ def read_config(path, folder):
     return config
 
 
-def load(path, train_vision=False, convention="", trained=True, lora_rank=0, place=None):
+def load(path, train_vision=False, convention="", trained=True, lora_rank=0, place=None, weights=True):
     """
     A Policy from a LLaVA folder or hub id. Raises ValueError if it is no such folder.
 
@@ -318,6 +323,7 @@ def load(path, train_vision=False, convention="", trained=True, lora_rank=0, pla
     lora_rank      > 0: train adapters of that rank in the language model and the projector, not their weights
     place          place(policy) shards the model, or moves it to a device, before its weights are read: they go
                    from the files straight to where they belong, and no process holds the whole model in host memory
+    weights        False: read none, for a builder that needs the tokenizer, the image settings and `stored_weight`
 
     Only safetensors are read (a pickle could run code), and no code from the folder is run. Weights are float32,
     whatever the files hold.
@@ -356,6 +362,8 @@ def load(path, train_vision=False, convention="", trained=True, lora_rank=0, pla
     policy.files = sorted(folder.glob("*.safetensors"))
     if not trained:
         policy.requires_grad_(False)
+    if not weights:
+        return policy
     if place:
         place(policy)
     else:

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -93,13 +94,14 @@ def run(main):
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def write_text(path, text):
-    """Write a file whole or not at all: aside, synced, renamed."""
+@contextmanager
+def whole_file(path):
+    """A text file to write into, which appears under its name whole or not at all: aside, synced, renamed."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -107,9 +109,19 @@ def write_text(path, text):
         aside.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    """Write a file whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text)
+
+
 def write_jsonl(path, rows):
-    """Write `rows`, one JSON object a line, whole or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write `rows`, one JSON object a line, whole or not at all. Returns how many there were."""
+    count = 0
+    with whole_file(path) as file:
+        for count, row in enumerate(rows, 1):  # noqa: B007
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return count
 
 
 # ------------------------------------------------------------------------------------------- process group
@@ -204,6 +216,27 @@ def gather(mine):
     dist.all_gather_object(shares, mine) if world() > 1 else shares.__setitem__(0, mine)
     total = sum(map(len, shares))
     return [shares[i % world()][i // world()] for i in range(total)]
+
+
+def in_parts(parts, name, title, items, batch, work):
+    """
+    work(items of a part) -> one line (a dict) for each item. All ranks call it; returns an iterator over all lines.
+
+    A part is `batch` items, whatever the number of processes, and its file <parts>/<name>_000000.jsonl appears once it
+    is whole: so the same lines come out of any number of processes, and a part that is there already is not done again.
+    """
+    starts = range(0, len(items), batch)
+    files = [Path(parts) / f"{name}_{number:06}.jsonl" for number in range(len(starts))]
+    todo = first_alone(lambda: [number for number, file in enumerate(files) if not file.is_file()])
+    bar = tqdm(total=len(items), desc=title, leave=False, unit="record", disable=rank() > 0)
+    bar.update(len(items) - sum(len(items[starts[n] : starts[n] + batch]) for n in todo))
+    for number in my_share(todo):
+        part = items[starts[number] : starts[number] + batch]
+        write_jsonl(files[number], work(part))
+        bar.update(min(world() * len(part), bar.total - bar.n))
+    bar.close()
+    barrier()
+    return (json.loads(line) for file in files for line in open(file, encoding="utf-8"))
 
 
 def per_pass(per_step, per_gpu, name):

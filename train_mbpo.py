@@ -243,7 +243,7 @@ def main():
     questions = read_questions() if config.questions else None  # mistakes in a file of the user's come before long work
     if base == "toy":
         build_data.check_toy("mbpo", config, data_path)
-        base = runtime.first_alone(lambda: build_data.prepare_toy(folder, config.seed))
+        base = build_data.prepare_toy(folder, config.seed)
         if not runtime.first_alone(data_path.is_file):
             source = str(folder / "preference.jsonl")
             build_data.build_mbpo(

@@ -105,7 +105,7 @@ class Config:
 def prepare_toy(folder, seed):
     """Build what the toy world in `folder` lacks: scenes, base model, records. Returns the base model's folder."""
     base, source, out = build_data.prepare_toy(folder, seed), folder / "preference.jsonl", folder / "mfpo.jsonl"
-    if not out.is_file():
+    if not runtime.first_alone(out.is_file):
         build_data.build_mfpo(build_data.MfpoConfig(source=str(source), out=str(out), model=base, seed=seed))
     return base
 
@@ -172,7 +172,7 @@ def main():
     folder, base = data_path.parent, config.model
     if base == "toy":
         build_data.check_toy("mfpo", config, data_path)
-        base = runtime.first_alone(lambda: prepare_toy(folder, config.seed))
+        base = prepare_toy(folder, config.seed)
     records = data.read_records(data_path, data.MFPO_FIELDS, config.skip_bad)
     place = functools.partial(runtime.shard, device=device, recompute=config.recompute)
     policy = model.load(base, config.train_vision, config.convention, True, config.lora_rank, place).train()

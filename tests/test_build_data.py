@@ -140,7 +140,7 @@ def test_sources_that_cannot_be_used(world, tmp_path, change, message):
     config = build_data.MfpoConfig(
         source=str(world / "bad.jsonl"), model=str(world / "base"), out=str(world / "bad_out.jsonl")
     )
-    with pytest.raises(ValueError, match="record 'val-0'") as error:
+    with pytest.raises(ValueError, match="bad.jsonl, line 1: field") as error:
         build_data.build_mfpo(config)
     assert message in str(error.value) and not list(world.glob("bad_out*"))
 
@@ -474,8 +474,10 @@ def test_an_unfinished_build_with_other_settings_is_not_mixed(world, monkeypatch
         (["--iig_keep", "1.5"], "a share in (0, 1]"),
         (["--steps", "0"], "--steps must be positive"),
         (["--sheet", "nowhere/x.png"], "lie in a folder that exists"),
-        (["--out", "elsewhere/x.jsonl"], "must lie beside --source"),
-        (["--source", "nowhere.jsonl"], "must lie beside --source"),
+        (["--source", "nowhere.jsonl"], "--source nowhere.jsonl: no such file"),
+        (["--source_format", "mine"], "use one of closed, own, mdpo"),
+        (["--images", "nowhere"], "--images nowhere: no such folder"),
+        (["--batch", "0"], "--batch must be positive"),
         (["--max_length", "20"], "--max_length is 20"),
     ],
 )
@@ -488,7 +490,7 @@ def test_mistakes_of_mbpo_on_the_command_line(world, monkeypatch, capsys, args, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chosen": None}, "field 'chosen' must be str"),
+        ({"chosen": 3}, "field 'chosen' must be a text"),
         ({"image": "none.png"}, "no such image"),
         ({"image": "preference.jsonl"}, "cannot be read as an image"),
     ],
