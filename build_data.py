@@ -95,7 +95,7 @@ def region_mask(kind, boxes, size, rng):
     if kind == "global":
         mask[:] = True
     elif kind == "random":
-        w, h = round(width * 0.2**0.5), round(height * 0.2**0.5)
+        w, h = max(1, round(width * 0.2**0.5)), max(1, round(height * 0.2**0.5))
         x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
         mask[y : y + h, x : x + w] = True
     else:
@@ -378,27 +378,14 @@ def open_build(config, policy, check, kind):
 
 
 def open_parts(parts, config, policy, kind):
-    """Make the folder of an unfinished build, or check that the one that is there is of the same settings and data."""
+    """runtime.open_parts for a build: its settings, source and model are those that it was begun with."""
     sha = hashlib.sha256()
     for file in sources.files_of(config.source):
         with open(file, "rb") as content:
             while block := content.read(1 << 24):
                 sha.update(block)
     mark = model.fingerprint(policy, runtime.device(), parts.parent, [{"source": sha.hexdigest()}])
-    path, settings = parts / "settings.json", vars(config) | {"fingerprint": mark}
-    if path.is_file():
-        before = json.loads(path.read_text())
-        others = [name for name in settings if before.get(name) != settings[name] and name != "sheet"]
-        if others:
-            told = ", ".join(
-                "another source or model" if n == "fingerprint" else f"--{n} {before.get(n)}" for n in others
-            )
-            raise ValueError(f"{parts}: an unfinished build with {told}. Finish it so, or delete that folder")
-        print(f"going on with the unfinished build in {parts}")
-    else:
-        shutil.rmtree(parts, ignore_errors=True)  # of a build that was stopped before it began
-        (parts / kind).mkdir(parents=True)
-        runtime.write_text(path, json.dumps(settings))
+    runtime.open_parts(parts, vars(config) | {"fingerprint": mark}, ("sheet",), (kind,))
 
 
 def read_source(config, parts, check):
@@ -431,14 +418,6 @@ def publish(out, parts, kind, rows):
         shutil.rmtree(images, ignore_errors=True)
         (parts / kind).rename(images)
     return runtime.write_jsonl(out, rows)
-
-
-def discard(parts):
-    """Delete the parts. Renamed first: half of them must never be taken for an unfinished build."""
-    gone = parts.with_suffix(".parts.tmp")
-    shutil.rmtree(gone, ignore_errors=True)
-    parts.rename(gone)
-    shutil.rmtree(gone)
 
 
 def seeded(seed, record_id):
@@ -571,10 +550,13 @@ def build_mfpo(config):
             mask = masks.any(0)
         # DEVIATION: noise is added to the image as the model sees it, at its input size; the paper does not say. On a
         # large photograph the same noise would be averaged away when it is made small.
-        mask = model.to_square(Image.fromarray(mask), policy.image_size, policy.pad, 0, Image.Resampling.BOX)
+        mask = Image.fromarray(mask.astype(np.uint8) * 255)
+        mask = np.asarray(model.to_square(mask, policy.image_size, policy.pad, 0, Image.Resampling.BOX)) > 0
+        if not mask.any():  # an empty mask, or a region that the crop of the hub's convention leaves out
+            kind, mask = "global", np.ones_like(mask)
         seen = np.asarray(model.to_square(image, policy.image_size, policy.pad))
         name = f"{i:06}.png"
-        noisy = distort(seen, np.asarray(mask, bool), root, mean, std, rng)
+        noisy = distort(seen, mask, root, mean, std, rng)
         Image.fromarray(noisy).save(parts / "distorted" / name)
         line = {key: record[key] for key in SOURCE_FIELDS} | {"rejected": rejected, "rejected_from": origin}
         line |= {"image_rejected": f"{out.stem}_distorted/{name}", "region_kind": kind}
@@ -639,7 +621,7 @@ def finish_mfpo(config, out, parts, lines):
         print(
             f"note: {counts['region: global']} records have global noise, for no region of a keyword was found{remedy}"
         )
-    discard(parts)
+    runtime.discard(parts)
     if config.sheet:
         draw_sheet(first, out.parent, config.sheet)
         print(f"wrote {config.sheet}")
@@ -914,7 +896,7 @@ def finish_mbpo(config, out, parts, records, pad):
     reasons.update(line["dropped"] for line in mined(dropped=True))
     told = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "none"
     if next(mined(dropped=False), None) is None:
-        discard(parts)
+        runtime.discard(parts)
         raise ValueError(
             f"{config.source}: no mined answer can be used; dropped: {told}. Look at {gone.name}, and "
             "change --eps or --attack"
@@ -926,7 +908,7 @@ def finish_mbpo(config, out, parts, records, pad):
     elif config.questions:
         print("no closed-ended questions: they are made for the toy world only. Build some from a set of them")
     count = publish(out, parts, "attacked", kept())
-    discard(parts)
+    runtime.discard(parts)
     print(f"wrote {out}: {count} records; dropped: {told} (kept in {gone.name})")
     if config.sheet:
         draw_attacks(first, out.parent, config.sheet, pad)

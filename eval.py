@@ -25,7 +25,6 @@ Every figure has a 95 % bootstrap interval over scenes.
 import functools
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,76 +38,12 @@ import model
 import runtime
 import toy
 from runtime import knob
+from scores import harmonic, in_form, is_right, ratio, yes_or_no
 
 RESAMPLES = 1000
 
 
 # -------------------------------------------------------------------------------------------- measuring
-
-
-def yes_or_no(answer):
-    """POPE's own parsing: the text before the first full stop; 'No', 'no' or 'not' as a word is no, all else yes."""
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return "No" if {"No", "no", "not"} & set(words) else "Yes"
-
-
-def plain(text):
-    """Lower-case words, articles left out."""
-    return " ".join(word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the"))
-
-
-def closed_answer(text, question):
-    """
-    The answer that a text gives to a closed-ended question (format: data.py), or None if it gives none or several:
-    rewards are computed with these rules, and a text that names every answer must not score.
-
-    yesno    "Yes" or "No": the one of which a word occurs
-    choice   a letter, alone or in front as "B." or "(B)", or in "the answer is B"; or the letter of the option's text
-    number   the only number in the text, in digits
-    word     the one of "choices" that occurs; without choices the whole text, but for articles and case
-
-    A letter with others after it ("A. B. C.") is no answer; "A. cup" is.
-    """
-    kind, choices = question["kind"], question.get("choices", [])
-    if kind == "yesno":
-        words = set(plain(text).split())
-        found = [word for word, signs in (("Yes", {"yes"}), ("No", {"no", "not"})) if words & signs]
-    elif kind == "choice":
-        found = set(re.findall(r"(?i:the answer is) \(?([A-Z])\b", text))
-        if re.match(r"\(?[A-Z](?:[.):]|$)", text.strip()):
-            found = set(re.findall(r"(?<!\w)\(?([A-Z])(?:[.):]|$)", text.strip()))  # in front, and no other after it
-        found = found or {data.LETTERS[i] for i, option in enumerate(choices) if plain(option) == plain(text)}
-        found = [letter for letter in found if letter in data.LETTERS[: len(choices)]] if len(found) == 1 else []
-    elif kind == "number":
-        bare = re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", text)
-        found = [digits.lstrip("0") or "0" for digits in re.findall(r"[0-9]+", bare)]
-    elif choices:
-        found = [choice for choice in choices if plain(choice) == plain(text)]  # "dark red" where "red" is one too
-        found = found or [choice for choice in choices if f" {plain(choice)} " in f" {plain(text)} "]
-    else:
-        found = [plain(text)] if plain(text) else []
-    return found[0] if len(found) == 1 else None
-
-
-def is_right(text, question):
-    """Does the text give the true answer?"""
-    said, truth = closed_answer(text, question), question["answer"]
-    if said is None or said == truth:
-        return said == truth
-    return {"number": said == (truth.lstrip("0") or "0"), "word": plain(said) == plain(truth)}.get(
-        question["kind"], False
-    )
-
-
-def in_form(text, question):
-    """Is the text an answer in the form asked for and nothing else: Yes or No, a letter, digits, so many words?"""
-    said, answer = text.strip().removesuffix(".").lower(), closed_answer(text, question)
-    if answer is None:
-        return False
-    if question["kind"] == "word":
-        length = len(plain(question["answer"]).split())
-        return plain(said) == plain(answer) and (bool(question.get("choices")) or len(plain(said).split()) == length)
-    return said in (answer.lower(), f"({answer.lower()})")
 
 
 def caption_counts(caption, objects):
@@ -143,10 +78,6 @@ def yesno_counts(answers, truths, prefix):
     return {f"{prefix}_{name}": value for name, value in counts.items()}
 
 
-def ratio(a, b):
-    return a / b if b else math.nan
-
-
 METRICS = {  # name -> value from sums over scenes
     "chair_s": lambda s: ratio(s["hallucinated"], s["captions"]),
     "chair_i": lambda s: ratio(s["wrong"], s["mentions"]),  # nan if nothing was named at all
@@ -176,10 +107,6 @@ METRICS |= {
 MEANS = ("text_margin", "image_margin", "text_margin_positive", "image_margin_positive", "chosen_shift",
          "information_gain")  # fmt: skip
 METRICS |= {name: lambda s, n=name: ratio(s[n], s["captions"]) for name in MEANS}
-
-
-def harmonic(a, b):
-    return 2 * a * b / (a + b) if a + b > 0 else math.nan
 
 
 def answer_all(policy, pixels, asked, max_new_tokens, title, batch=100):

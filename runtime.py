@@ -218,6 +218,37 @@ def gather(mine):
     return [shares[i % world()][i // world()] for i in range(total)]
 
 
+def open_parts(parts, settings, unimportant=(), folders=()):
+    """
+    Rank 0 makes `parts`, the folder of work that can be stopped, or finds the one that is there: ValueError unless it
+    is of the same settings, but for the `unimportant`. `folders` are made in it.
+    """
+    path = Path(parts) / "settings.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        others = [name for name in settings if before.get(name) != settings[name] and name not in unimportant]
+        if others:
+            told = [
+                "another source or model" if name == "fingerprint" else f"--{name} {before.get(name)}"
+                for name in others
+            ]
+            raise ValueError(f"{parts}: unfinished work with {', '.join(told)}. Finish it so, or delete that folder")
+        print(f"going on with the unfinished work in {parts}")
+    else:
+        shutil.rmtree(parts, ignore_errors=True)  # of work that was stopped before it began
+        for folder in ("", *folders):
+            (Path(parts) / folder).mkdir(parents=True)
+        write_text(path, json.dumps(settings))
+
+
+def discard(parts):
+    """Delete the parts. Renamed first: half of them must never be taken for unfinished work."""
+    gone = Path(parts).with_suffix(".parts.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    Path(parts).rename(gone)
+    shutil.rmtree(gone)
+
+
 def in_parts(parts, name, title, items, batch, work):
     """
     work(items of a part) -> one line (a dict) for each item. All ranks call it; returns an iterator over all lines.

@@ -29,6 +29,7 @@ import data
 import eval
 import model
 import runtime
+import scores
 from losses import group_advantages, grpo_loss
 from runtime import knob, say
 
@@ -179,16 +180,18 @@ def rollout(policy, ref, questions, rows, picked, config, step, folder):
                 mine = slice(k * config.group, (k + 1) * config.group)
                 texts = policy.texts(answers[mine])
                 # Rules read the text; an answer that was cut off has no form.
-                correct = torch.tensor([float(eval.is_right(text, questions[j])) for text in texts])
+                correct = torch.tensor([float(scores.is_right(text, questions[j])) for text in texts])
                 ended = [answer[-1] == policy.tokenizer.eos_token_id for answer in answers[mine]]
-                form = [float(eval.in_form(text, questions[j]) and end) for text, end in zip(texts, ended, strict=True)]
+                form = [
+                    float(scores.in_form(text, questions[j]) and end) for text, end in zip(texts, ended, strict=True)
+                ]
                 rewards = correct + config.format_reward * torch.tensor(form)  # (G,)
                 row = data.Row(rows[j].prefix, answers[mine], rows[j].id)
                 groups.append(Group(row, pixels[k], group_advantages(rewards[None])[0], None, said_logp[mine]))
                 sums["reward"] += rewards.sum().item()
                 sums["correct"] += correct.sum().item()
                 sums["format"] += sum(form)
-                sums["unparsed"] += sum(eval.closed_answer(text, questions[j]) is None for text in texts)
+                sums["unparsed"] += sum(scores.closed_answer(text, questions[j]) is None for text in texts)
                 sums["length"] += sum(map(len, answers[mine]))
                 sums["equal"] += config.group * float((rewards == rewards[0]).all())  # once an answer, as the others
     with torch.no_grad(), runtime.summoned(ref), model.without_lora(ref):

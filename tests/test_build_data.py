@@ -454,7 +454,7 @@ def test_an_unfinished_build_with_other_settings_is_not_mixed(world, monkeypatch
     parts.mkdir()
     (parts / "settings.json").write_text(json.dumps({"eps": "8/255"}))
     told = refused(monkeypatch, capsys, build_data, *build_args(world, "other.jsonl"))
-    assert "other.parts: an unfinished build with" in told and "--eps 8/255" in told and "delete that folder" in told
+    assert "other.parts: unfinished work with" in told and "--eps 8/255" in told and "delete that folder" in told
     assert not (world / "other.jsonl").exists()
 
 

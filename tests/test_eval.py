@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import eval
+import scores
 
 OBJECTS = [("red", "cup"), ("blue", "book")]
 
@@ -45,7 +46,7 @@ def test_a_wrong_colour_is_not_exact_but_no_hallucination():
      ("Yes. No", "Yes"), ("I know a nose", "Yes")],
 )  # fmt: skip
 def test_official_yes_no_parsing(answer, meaning):
-    assert eval.yes_or_no(answer) == meaning
+    assert scores.yes_or_no(answer) == meaning
 
 
 def test_yes_no_counts():
@@ -159,19 +160,19 @@ DARK = {"kind": "word", "answer": "dark red", "choices": ["red", "dark red"]}
     ],
 )  # fmt: skip
 def test_answers_to_closed_ended_questions(question, text, said, right, form):
-    assert eval.closed_answer(text, question) == said
-    assert eval.is_right(text, question) is right and eval.in_form(text, question) is form
+    assert scores.closed_answer(text, question) == said
+    assert scores.is_right(text, question) is right and scores.in_form(text, question) is form
 
 
 @pytest.mark.parametrize("question", [YESNO, CHOICE, NUMBER, COLOUR, WORD])
 @pytest.mark.parametrize("text", ["\x00\ud800", "<image></s>", "(" * 3000, "\n", "²", "No" * 999])
 def test_no_text_breaks_the_rules(question, text):
-    assert not eval.is_right(text, question)
+    assert not scores.is_right(text, question)
 
 
 def test_the_rules_give_full_marks_to_the_truth():
     for question in (YESNO, CHOICE, NUMBER, COLOUR):
-        assert eval.is_right(question["answer"], question) and eval.in_form(question["answer"], question)
+        assert scores.is_right(question["answer"], question) and scores.in_form(question["answer"], question)
 
 
 def test_closed_ended_accuracy_is_pooled_over_kinds():
