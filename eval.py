@@ -4,6 +4,10 @@ Checkpoint in, table out.
     python eval.py --model out/mfpo-1/final --base data/toy/base --data data/toy
     python eval.py --runs out/mfpo_ablation             a table over finished runs, mean and interval over seeds
     python eval.py --mined data/toy-0,data/toy-1        what attacks made the base models say (runs/mbpo_attack.sh)
+    python eval.py --compare out/a/final out/b/final    two models and their paired difference
+    python eval.py --attention look.png --word spoon    where base and model look when they say it
+    python eval.py --bench chair --answers a.jsonl --objects o.jsonl --synonyms s.txt       public benchmarks: scores.py
+    torchrun ... eval.py --bench pope --model M --questions q.jsonl --images val2014 --answers a.jsonl     answers first
 
 reads    <data>/<split>.jsonl, scenes with objects, a question and yes/no questions; <data>/mfpo_<split>.jsonl, pairs;
          <data>/closed_<split>.jsonl, closed-ended questions
@@ -22,26 +26,29 @@ writes   the table, some captions before and after with the invented words in [b
 Every figure has a 95 % bootstrap interval over scenes.
 """
 
+import dataclasses
 import functools
 import json
 import math
+import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
 import losses
 import model
 import runtime
+import scores
+import sources
 import toy
 from runtime import knob
 from scores import harmonic, in_form, is_right, ratio, yes_or_no
-
-RESAMPLES = 1000
-
 
 # -------------------------------------------------------------------------------------------- measuring
 
@@ -216,7 +223,7 @@ def summarise(measured, base):
     count = len(measured["scenes"])
     rng = np.random.default_rng(0)
     values = values_of(arrays, np.arange(count))
-    draws = [values_of(arrays, rng.integers(count, size=count)) for _ in range(RESAMPLES)]
+    draws = [values_of(arrays, rng.integers(count, size=count)) for _ in range(scores.RESAMPLES)]
 
     def plain(value):
         return None if math.isnan(value) else value
@@ -404,9 +411,244 @@ def mined_text(folders, place):
     return "\n".join(table)
 
 
+# ------------------------------------------------------------------------------------------- public benchmarks
+
+# How each benchmark asks: the field of the question or the question itself, what is added to it, new tokens at most.
+# objhal: the script of RLHF-V has 3 beams. amber: the suffix is ours, for its yes/no answers must be just that.
+ASKED = {
+    "chair": ("Please describe this image in detail.", "", 512),
+    "objhal": ("Please describe this image in detail.", "", 1024),
+    "pope": ("text", f"\n{sources.SHORT_PROMPT}", 128),
+    "closed": ("question", "", 16),  # build_data.py has put the suffix into the question
+    "amber": ("query", f"\n{sources.SHORT_PROMPT}", 512),
+    "mmhal": ("question", "", 512),
+}
+
+
+def benchmark_items(config):
+    """The items that a model has to answer, each with "id", "image" and "prompt"; checked."""
+    field, suffix, _ = ASKED[config.bench]
+    if config.bench in ("chair", "objhal"):
+        found = scores.chair_items(config)
+    elif config.bench == "pope":
+        found = scores.pope_items(config)
+    elif config.bench == "closed":
+        found = scores.closed_items(config)
+    elif config.bench == "amber":
+        if not config.questions:
+            raise ValueError("--questions is needed: name AMBER's query_all.json; --annotations says what is true")
+        found = scores.amber_items(config)
+    else:
+        check = scores.field_check(question=str, image_src=str)
+        lines = enumerate(scores.read_list("--questions", config.questions, False, lambda r: check({"id": 0, **r})))
+        found = {str(n): (where, {**item, "image": Path(item["image_src"]).name}) for n, (where, item) in lines}
+    file = config.objects if config.bench in ("chair", "objhal") else config.questions
+    folder = Path(config.images or Path(file).parent)
+    items = []
+    for key, (where, item) in found.items():
+        if not isinstance(item.get("image"), str):
+            raise ValueError(f"{where}: field 'image' is missing. To answer, a model needs each item's image. Add it")
+        try:
+            if not data.image_path(folder, item["image"]).is_file():
+                raise ValueError(f"{where}: no image {folder / item['image']}. Name its folder with --images")
+        except data.BadRecord as error:
+            raise ValueError(f"{where}: {error}") from None
+        asked = item.get("question", field) if config.bench in ("chair", "objhal") else item[field]
+        add = "" if item.get("type") == "generative" or asked.endswith(suffix) else suffix
+        items.append({**item, "id": item.get("question_id", item.get("id", key)), "prompt": asked + add})
+    return items, folder
+
+
+def answer_benchmark(config):
+    """
+    Answer a benchmark with a model, greedily, into --answers in the form that its official script reads. All ranks
+    call it; what is done lies in <answers>.parts, so that it can be stopped and goes on.
+    """
+    items, folder = runtime.first_alone(lambda: benchmark_items(config))
+    limit = config.max_new_tokens or ASKED[config.bench][2]
+    place = functools.partial(runtime.shard, device=runtime.device())
+    policy = model.load(config.model, convention=config.convention, trained=False, place=place).eval()
+    out, parts = Path(config.answers), Path(config.answers).with_suffix(".parts")
+
+    def begin():
+        mark = model.fingerprint(policy, runtime.device(), folder, [{"items": items}])
+        names = ("bench", "model", "max_new_tokens", "batch")
+        runtime.open_parts(parts, {name: getattr(config, name) for name in names} | {"fingerprint": mark})
+
+    def answered(pick):
+        chosen = [items[i] for i in pick]
+        pixels = model.load_pixels(policy, folder, [item["image"] for item in chosen]).to(policy.mean.device)
+        encode = functools.partial(data.encode_prompt, policy.tokenizer)
+        prompts = [encode(item["prompt"], policy.template, policy.image_tokens) for item in chosen]
+        texts, ended = policy("generate", pixels, prompts, limit)
+        return [{"answer": text, "ended": end} for text, end in zip(texts, ended, strict=True)]
+
+    def finish(lines):
+        lines = list(lines)
+        texts, cut = [line["answer"] for line in lines], sum(not line["ended"] for line in lines)
+        if config.bench == "amber":
+            names = [
+                text if item["type"] == "generative" else yes_or_no(text)
+                for item, text in zip(items, texts, strict=True)
+            ]
+            answers = [{"id": item["id"], "response": name} for item, name in zip(items, names, strict=True)]
+            runtime.write_text(out, json.dumps(answers, indent=1))
+        elif config.bench == "mmhal":
+            keep = [{k: v for k, v in item.items() if k not in ("id", "image", "prompt")} for item in items]
+            answers = [{**item, "model_answer": text} for item, text in zip(keep, texts, strict=True)]
+            runtime.write_text(out, json.dumps(answers, indent=1))
+        else:
+            name = "question_id" if config.bench == "pope" else "id"
+            runtime.write_jsonl(out, [{name: i["id"], "answer": t} for i, t in zip(items, texts, strict=True)])
+        runtime.discard(parts)
+        print(f"wrote {out}: {len(texts)} answers of {config.model}; {cut} were cut at {limit} new tokens")
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    runtime.first_alone(begin)
+    with torch.no_grad(), runtime.summoned(policy):
+        lines = runtime.in_parts(parts, "answers", config.bench, range(len(items)), config.batch, answered)
+    runtime.first_alone(lambda: finish(lines))
+
+
+def benchmark(config):
+    """`eval.py --bench`: answer, if a model is named; score; compare."""
+    if config.model:
+        answer_benchmark(config)
+    if runtime.rank() > 0:
+        return
+    settings = {name: getattr(config, name) for name in ("bench", "answers", "questions", "objects", "synonyms")}
+    settings |= {"annotations": config.annotations, "judged": config.judged, "judge": config.judge}
+    settings |= {"model": config.model, "max_new_tokens": config.max_new_tokens or ASKED[config.bench][2]}
+    if not config.model:
+        del settings["max_new_tokens"]  # whoever answered knows
+    score = scores.BENCHMARKS[config.bench]
+    if config.bench == "mmhal" and not config.judged:
+        print(
+            f"next: let a judge rate {config.answers}, then eval.py --bench mmhal --judged <its answers> --judge <name>"
+        )
+        return
+    if config.compare:
+        both = [score(dataclasses.replace(config, answers=path)) for path in config.compare]
+        if len(both[0].rows) != len(both[1].rows):
+            raise ValueError(f"--compare {' '.join(config.compare)}: answers to different questions. Answer the same")
+        print(scores.compare_table(*both, [Path(path).stem for path in config.compare]))
+        found = {name: [list(pair) for pair in cells] for name, cells in scores.compared(*both).items()}
+        report = {"compare": config.compare, "a_b_difference": found, "settings": settings}
+    else:
+        counts = score(config)
+        print(scores.table(counts, settings))
+        report = scores.summary(counts, settings)
+    if config.json:
+        runtime.write_text(config.json, json.dumps(report, indent=2))
+        print(f"wrote {config.json}")
+
+
+# ----------------------------------------------------------------------------------------- attention on the image
+
+
+def word_in(policy, record, word):
+    """The number of the first token of `word` in the record's chosen answer, and its row; None if it is not there."""
+    settings = (policy.tokenizer, policy.template, policy.image_tokens, math.inf)
+    found = re.search(rf"\b{re.escape(word)}\b", record["chosen"], re.IGNORECASE)
+    if not found:
+        return None
+    row = data.chosen_row(record, *settings)
+    before = record["chosen"][: found.start()].strip()
+    if not before:
+        return 0, row
+    return len(data.chosen_row({**record, "chosen": before}, *settings).answers[0]) - 1, row  # without the end
+
+
+def draw_attention(config, place, count=8):
+    """
+    A sheet of the first records whose chosen answer has --word: the image, and where the base and the trained model
+    look when they are about to say it. Both are shown on one scale, the brightest patch of the row being white.
+    """
+    path = Path(config.questions or f"{config.data}/{config.split}.jsonl")
+    folder = Path(config.images or path.parent)
+    fields = dict.fromkeys(("id", "image", "question", "chosen"), str)
+    records, maps = None, []
+    for name in (config.base, config.model):
+        policy = model.load(name, convention=config.convention, trained=False, place=place).eval()
+        if records is None:
+            good = (
+                line for where, line in data.read_json(path) if isinstance(line, dict) and fields.keys() <= line.keys()
+            )
+            records = [record for record in good if word_in(policy, record, config.word)][:count]
+            if not records:
+                raise ValueError(f"{path}: no record's 'chosen' holds the word {config.word!r}. Name another --word")
+        found = []
+        for record in records:
+            at, row = word_in(policy, record, config.word)
+            pixels = model.load_pixels(policy, folder, [record["image"]]).to(policy.mean.device)
+            with torch.no_grad(), runtime.summoned(policy):
+                found.append(policy("attention", pixels, row, at))
+        maps.append(found)
+    grids = [[grid for grid, _ in found] for found in maps]
+    draw_maps(records, folder, grids, config, policy)
+    shares = {name: [grid.sum() for grid in found] for name, found in zip(("base", "final"), grids, strict=True)}
+    lines = [f"attention when about to say {config.word!r}, mean over layers, heads and {len(records)} records"]
+    for name, found in zip(("base", "final"), maps, strict=True):
+        on_image = np.mean(shares[name])
+        in_box = [
+            share_in_boxes(grid, record, config.word, folder, policy)
+            for (grid, _), record in zip(found, records, strict=True)
+        ]
+        in_box = [share for share in in_box if share is not None]
+        told = f", {np.mean(in_box):.3f} of that in the boxes of {config.word!r}" if in_box else ""
+        logp = np.mean([value for _, value in found])
+        lines.append(
+            f"    {name:6} on the image {on_image:.3f}{told}; log-probability of the word's first token {logp:.3f}"
+        )
+    return "\n".join(lines)
+
+
+def share_in_boxes(grid, record, word, folder, policy):
+    """The share of a map's attention that lies in the record's boxes of the word; None if it has none."""
+    boxes = [o["box"] for o in record.get("objects", []) + record.get("regions", []) if o.get("word") == word]
+    if not boxes:
+        return None
+    size = data.load_image(data.image_path(folder, record["image"])).size
+    mask = Image.new("L", size, 0)
+    for box in boxes:
+        mask.paste(255, [round(v) for v in box])
+    mask = model.to_square(mask, policy.image_size, policy.pad, 0, Image.Resampling.BOX)
+    covered = np.asarray(mask.resize(grid.shape, Image.Resampling.BOX)) / 255
+    return float((grid * covered).sum() / grid.sum())
+
+
+def draw_maps(records, folder, grids, config, policy, zoom=192):
+    """
+    A row a record: the image, then the attention of the base and of the trained model over it, red where it is
+    strongest; both on one scale.
+    """
+    sheet = Image.new("RGB", (3 * (zoom + 10) + 420, len(records) * (zoom + 10) + 30), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(("image", f"base: {Path(config.base).name}", f"final: {Path(config.model).name}")):
+        pen.text((10 + column * (zoom + 10), 5), title, fill="black", font_size=14)
+    for i, record in enumerate(records):
+        top = 30 + i * (zoom + 10)
+        image = data.load_image(data.image_path(folder, record["image"]))
+        image = model.to_square(image, policy.image_size, policy.pad).resize((zoom, zoom), Image.Resampling.NEAREST)
+        sheet.paste(image, (10, top))
+        brightest = max(found[i].max() for found in grids)
+        for column, found in enumerate(grids, 1):
+            heat = Image.fromarray((found[i] / brightest * 255).astype(np.uint8))
+            heat = heat.resize((zoom, zoom), Image.Resampling.BICUBIC)
+            faded = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.4)
+            sheet.paste(
+                Image.composite(Image.new("RGB", image.size, "red"), faded, heat), (10 + column * (zoom + 10), top)
+            )
+            share = f"{found[i].sum():.2f} on the image"
+            pen.text((14 + column * (zoom + 10), top + zoom - 18), share, fill="black", font_size=13)
+        text = textwrap.fill(f"when about to say {config.word!r} in: {record['chosen']}", 52)
+        pen.multiline_text((3 * (zoom + 10) + 20, top), text, fill="black", font_size=14)
+    sheet.save(config.attention)
+
+
 @dataclass
 class Config:
-    model: str = knob("out/mfpo-1/final", "checkpoint to evaluate")
+    model: str = knob("", "checkpoint to evaluate; with --bench: to answer with, empty: --answers are there already")
     base: str = knob("data/toy/base", "the model before training, for the margins and the comparison")
     data: str = knob("data/toy", "folder of the built-in world")
     split: str = knob("test", "val | test; tune on val only")
@@ -414,11 +656,65 @@ class Config:
     json: str = knob("", "also write the numbers here")
     runs: str = knob("", "instead: the table over the runs <name>-<seed> in this folder, mean and interval over seeds")
     mined: str = knob("", "instead: the table over attack_*.jsonl in these toy folders, separated by commas")
+    bench: str = knob("", f"instead: a public benchmark, {' | '.join(ASKED)}")
+    answers: str = knob("", "bench: answers, {id, answer} a line; with --model they are written here first")
+    questions: str = knob("", "bench: the benchmark's own file of questions; attention: records with the word")
+    objects: str = knob(
+        "", "bench chair, objhal: {id, objects, captions} a line; image and question too, to answer them"
+    )
+    synonyms: str = knob("", "bench chair, objhal: the synonym file of CHAIR")
+    annotations: str = knob("", "bench amber: its annotations.json")
+    judged: str = knob("", "bench mmhal: the judge's answers")
+    judge: str = knob("", "bench mmhal: the judge's name: scores of different judges cannot be compared")
+    images: str = knob("", "folder of the images; empty: that of the file that names them")
+    max_new_tokens: int = knob(0, "bench: longest answer; 0: the benchmark's own")
+    batch: int = knob(32, "bench: answers at a time")
+    skip_bad: bool = knob(False, "bench: leave bad records and unmatched answers out, counted, instead of stopping")
+    compare: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "two checkpoints, or with --bench two files of answers, side by side with their difference"},
+    )
+    attention: str = knob("", "instead: draw where --base and --model look when they say --word, into this PNG")
+    word: str = knob("", "attention: the word")
 
     def __post_init__(self):
         if self.split not in ("val", "test"):
             raise ValueError(f"--split {self.split!r}: use val or test")
+        if self.bench and self.bench not in ASKED:
+            raise ValueError(f"--bench {self.bench!r}: use one of {', '.join(ASKED)}")
+        if self.compare and (len(self.compare) != 2 or (self.bench and (self.model or self.skip_bad))):
+            raise ValueError(
+                "--compare takes two, and in a benchmark neither --model nor --skip_bad: same questions for both"
+            )
+        if self.bench and not self.answers and not self.compare and not (self.bench == "mmhal" and self.judged):
+            raise ValueError("--answers is needed: a file of answers, or with --model the file to write them to")
+        if self.attention and not (self.word and self.attention.endswith(".png")):
+            raise ValueError("--attention needs a file that ends in .png and a --word to look for")
+        if min(self.max_new_tokens, self.batch - 1) < 0:
+            raise ValueError("--max_new_tokens must not be negative, --batch must be positive")
+        if self.json and not Path(self.json).parent.is_dir():
+            raise ValueError(f"--json {self.json}: no folder {Path(self.json).parent}. Make it, or name another file")
         model.check_convention(self.convention)
+        if not self.bench and not self.model:
+            self.model = "out/mfpo-1/final"
+
+
+def compare_text(config, place):
+    """Two checkpoints on the built-in world, side by side with the paired difference."""
+    measured = {}
+    for name, path in (("base", config.base), *(zip(("A", "B"), config.compare, strict=True))):
+        runtime.say(f"{name}: {path}")
+        policy = model.load(path, convention=config.convention, trained=False, place=place).eval()
+        measured[name] = measure(policy, config.data, config.split)
+    count = len(measured["A"]["scenes"])
+    taken = scores.draws(count)
+    both = [counts_of(measured[name], measured["base"]) for name in ("A", "B")]
+    one, two = ({key: taken @ values for key, values in arrays.items()} for arrays in both)
+    lines = [f"{'':31}" + "".join(f"{name:>28}" for name in ("A", "B", "B - A"))]
+    for name in (name for name in TABLE if name in METRICS):
+        drawn = METRICS[name](one), METRICS[name](two), METRICS[name](two) - METRICS[name](one)
+        lines.append(f"{TABLE[name]:31}" + "".join(f"{scores.cell(*scores.with_interval(d)):>28}" for d in drawn))
+    return "\n".join([*lines, f"95 % intervals by bootstrap over the same {count} scenes for both"])
 
 
 def main():
@@ -426,11 +722,19 @@ def main():
     if config.runs:
         print(runs_text(config.runs))
         return
-    if config.json and not Path(config.json).parent.is_dir():
-        raise ValueError(f"--json {config.json}: no folder {Path(config.json).parent}. Make it, or name another file")
-    place = functools.partial(runtime.shard, device=runtime.start())
+    device = runtime.start()
+    place = functools.partial(runtime.shard, device=device)
+    if config.bench:
+        benchmark(config)
+        return
     if config.mined:
         runtime.say(mined_text(config.mined.split(","), place))
+        return
+    if config.attention:
+        runtime.say(draw_attention(config, place) + f"\nwrote {config.attention}")
+        return
+    if config.compare:
+        runtime.say(compare_text(config, place))
         return
     measured = {}
     for name, path in (("base", config.base), ("final", config.model)):

@@ -10,6 +10,7 @@ It scores packed rows (data.py), generates, loads a Hugging Face LLaVA folder an
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -139,6 +140,27 @@ class Policy(nn.Module):
             return token_logp
         log_p = logits.log_softmax(-1)
         return token_logp, padded(-(log_p.exp() * log_p).sum(-1))
+
+    def attention(self, pixels, row, at):
+        """
+        How what predicts an answer's token number `at` attends to the image, and that token's log-probability.
+
+        pixels (1, 3, H, W) in [0, 1];   row  data.Row with one answer
+        returns   (side, side) array, the share of the attention of each patch, mean over layers and heads: the sum is
+                  what goes to the image, the rest goes to the text;   nats
+        """
+        ids = torch.tensor([row.prefix + row.answers[0][:at]], device=pixels.device)
+        before = self.hf.config._attn_implementation
+        self.hf.set_attn_implementation("eager")  # the others do not tell what they attend to
+        out = self.hf.model.language_model(
+            inputs_embeds=self.embed(ids, self.vision(pixels)), output_attentions=True, use_cache=False
+        )
+        self.hf.set_attn_implementation(before)
+        weights = torch.stack(out.attentions)[:, 0, :, -1].float().mean((0, 1))  # (layers, heads, L, L) -> (L,)
+        patches = weights[ids[0] == self.image_id]
+        logp = self.hf.lm_head(out.last_hidden_state[0, -1]).float().log_softmax(-1)[row.answers[0][at]]
+        side = math.isqrt(len(patches))
+        return patches.view(side, side).cpu().numpy(), logp.item()
 
     def generate(self, pixels, prompts, max_new_tokens, temperature=0.0):
         """
