@@ -917,8 +917,9 @@ def finish_mbpo(config, out, parts, records, pad):
 
 def asks_closed(config):
     """Is the source a set of closed-ended questions?"""
-    where, raw = next(sources.read(config.source), (config.source, {}))
-    return (config.source_format or sources.recognise(raw, where)) in sources.CLOSED
+    for where, raw in sources.read(config.source):
+        return (config.source_format or sources.recognise(raw, where)) in sources.CLOSED
+    return False
 
 
 def keep_questions(config, out):

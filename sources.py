@@ -218,8 +218,8 @@ def mmstar(raw):
     for mark in found:  # in order: an "A:" inside of an option is no mark
         if mark[1] == data.LETTERS[len(marks) : len(marks) + 1]:
             marks.append(mark)
-    ends = [m.start() for m in marks[1:]] + [len(after)]
-    options = [after[m.end() : end].strip().rstrip(",").strip() for m, end in zip(marks, ends, strict=True)]
+    ends = [*(mark.start() for mark in marks[1:]), len(after)]
+    options = [after[m.end() : end].strip().rstrip(",").strip() for m, end in zip(marks, ends, strict=False)]
     if len(options) < 2 or not all(options) or answer not in data.LETTERS[: len(options)]:
         message = f"found the options {options} in the question, and the answer is {answer!r}. Mend the record"
         raise BadRecord("options unusable", message)
@@ -398,7 +398,7 @@ def records(path, source_format, images, folder, copies, check):
                 record = {"id": str(number), **record, "source": name}
                 record |= {"origin": str(theirs)} if theirs is not None else {}
                 record |= {"category": str(category)} if category is not None else {}
-            elif "image" not in raw:
+            elif not raw.get("image"):
                 raise BadRecord("'image' missing", "field 'image' is missing. Add it or delete the record")
             if copies:
                 record["image"] = place_image(record["image"], images, folder, copies)
