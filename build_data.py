@@ -530,10 +530,10 @@ def build_mfpo(config):
         runtime.first_alone(lambda: explain(config, vector_of))
         return
     out = Path(config.out)
+    finder = grounding.load(config.grounder, config.segmenter, runtime.device()) if config.grounder else None
     parts, records = open_build(config, policy, check_source, "distorted")
     runtime.first_alone(lambda: toy_answers(config, parts, records))
     answers = data.Lines(parts / "answers.jsonl") if (parts / "answers.jsonl").is_file() else None
-    finder = grounding.load(config.grounder, config.segmenter, runtime.device()) if config.grounder else None
     root = sqrt_alpha_bar(config.schedule)[config.t]
     mean, std = (getattr(policy, name).flatten().numpy().astype(np.float64) for name in ("mean", "std"))
 

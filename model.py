@@ -160,7 +160,7 @@ class Policy(nn.Module):
         patches = weights[ids[0] == self.image_id]
         logp = self.hf.lm_head(out.last_hidden_state[0, -1]).float().log_softmax(-1)[row.answers[0][at]]
         side = math.isqrt(len(patches))
-        return patches.view(side, side).cpu().numpy(), logp.item()
+        return patches.view(side, side).detach().cpu().numpy(), logp.item()
 
     def generate(self, pixels, prompts, max_new_tokens, temperature=0.0):
         """
