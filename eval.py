@@ -307,6 +307,7 @@ SHORT = {  # column of the table over runs -> metric
     "closed": "closed", "info gain": "information_gain", "text margin": "text_margin", "image margin": "image_margin",
     "chosen": "chosen_shift", "fairness": "fairness",
 }  # fmt: skip
+SHORT_OF = {key: title for title, key in SHORT.items()}
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %, n - 1
 
 
@@ -320,9 +321,9 @@ def mean_text(values, digits):
     return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
-def runs_text(folder):
-    """A Markdown table over the runs <folder>/<name>-<seed>: mean over seeds with its 95 % interval (Student's t)."""
-    found = {}  # name -> {seed: summary}
+def read_runs(folder):
+    """The runs <folder>/<name>-<seed> as {name: {seed: summary}}, oldest first, the base models' as "base"."""
+    found = {}
     for path in sorted(Path(folder).glob("*-*/eval.json"), key=lambda p: p.stat().st_mtime):
         name, seed = path.parent.name.rsplit("-", 1)
         try:
@@ -338,14 +339,67 @@ def runs_text(folder):
         raise ValueError(
             f"--runs {folder}: mixes the splits {', '.join(sorted(splits))}. Keep them in separate folders"
         )
+    return found
+
+
+def runs_text(folder):
+    """A Markdown table over the runs in a folder: mean over seeds with its 95 % interval (Student's t)."""
     lines = ["| | seeds | " + " | ".join(SHORT) + " |", "|---" * (len(SHORT) + 2) + "|"]
-    for name, by_seed in found.items():
+    for name, by_seed in read_runs(folder).items():
         cells = []
         for key in SHORT.values():
             digits = 2 if key in ("text_margin", "image_margin", "chosen_shift", "information_gain") else 3
             cells.append(mean_text([summary.get(key) for summary in by_seed.values()], digits))
         lines.append(f"| {name} | {len(by_seed)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def draw_runs(folder, path, keys=("chair_s", "recall", "image_margin", "information_gain"), width=360, height=240):
+    """
+    Curves over runs whose names begin with a number, as those of runs/noise_sweep.sh: a panel a metric, a dot a seed,
+    a line through the means of each group of names (what follows the number, digits aside), the base in grey.
+    """
+    runs, groups = read_runs(folder), {}
+    for name, by_seed in runs.items():
+        if number := re.match(r"(\d+\.?\d*)_?(.*)", name):
+            label = re.sub(r"[_\d]+$", "", number[2])
+            groups.setdefault(label, []).append((float(number[1]), list(by_seed.values())))
+    if not groups:
+        raise ValueError(f"--plot: no run in {folder} has a name that begins with a number, as 0.44_ddpm_400-0")
+    sheet = Image.new("RGB", (len(keys) * (width + 70) + 30, height + 90), "white")
+    pen = ImageDraw.Draw(sheet)
+    xs = [x for points in groups.values() for x, _ in points]
+    for panel, key in enumerate(keys):
+        left, top = 60 + panel * (width + 70), 40
+        base = [summary[key] for summary in runs["base"].values() if summary[key] is not None]
+        drawn = base + [s[key] for points in groups.values() for _, many in points for s in many if s[key] is not None]
+        low, high = min(drawn), max(drawn)
+        low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
+
+        def at(x, y, left=left, top=top, low=low, high=high):
+            across = (x - min(xs)) / (max(xs) - min(xs) or 1)
+            return left + across * width, top + height - (y - low) / (high - low) * height
+
+        pen.rectangle([left, top, left + width, top + height], outline="black")
+        pen.text((left, top - 26), SHORT_OF.get(key, key), fill="black", font_size=16)
+        pen.line([at(min(xs), np.mean(base)), at(max(xs), np.mean(base))], fill="grey", width=2)
+        pen.text((left + 6, at(0, np.mean(base))[1] + 3), "base", fill="grey", font_size=13)
+        for value in (low, (low + high) / 2, high):
+            pen.text((left - 6, at(0, value)[1]), f"{value:.2f}", fill="black", font_size=12, anchor="rm")
+        for x in sorted({min(xs), max(xs), *(round(x, 1) for x in xs)}):
+            if min(xs) <= x <= max(xs):
+                pen.text((at(x, low)[0], top + height + 6), f"{x:g}", fill="black", font_size=12, anchor="ma")
+        for colour, (label, points) in zip(("blue", "red", "green", "orange"), sorted(groups.items()), strict=False):
+            points = sorted((x, [s[key] for s in many if s[key] is not None]) for x, many in points)
+            pen.line([at(x, np.mean(many)) for x, many in points if many], fill=colour, width=2)
+            for x, many in points:
+                for value in many:
+                    across, down = at(x, value)
+                    pen.ellipse([across - 3, down - 3, across + 3, down + 3], outline=colour)
+            pen.text(
+                (left + 60 + 90 * sorted(groups).index(label), top + height + 28), label, fill=colour, font_size=14
+            )
+    sheet.save(path)
 
 
 MINED = {  # column of the table over attacks -> value
@@ -655,6 +709,7 @@ class Config:
     convention: str = knob("", "how the model sees and is asked: original | hub; empty: what its folder says")
     json: str = knob("", "also write the numbers here")
     runs: str = knob("", "instead: the table over the runs <name>-<seed> in this folder, mean and interval over seeds")
+    plot: str = knob("", "runs: also draw those whose names begin with a number as curves, into this PNG")
     mined: str = knob("", "instead: the table over attack_*.jsonl in these toy folders, separated by commas")
     bench: str = knob("", f"instead: a public benchmark, {' | '.join(ASKED)}")
     answers: str = knob("", "bench: answers, {id, answer} a line; with --model they are written here first")
@@ -692,8 +747,12 @@ class Config:
             raise ValueError("--attention needs a file that ends in .png and a --word to look for")
         if min(self.max_new_tokens, self.batch - 1) < 0:
             raise ValueError("--max_new_tokens must not be negative, --batch must be positive")
-        if self.json and not Path(self.json).parent.is_dir():
-            raise ValueError(f"--json {self.json}: no folder {Path(self.json).parent}. Make it, or name another file")
+        if self.plot and not (self.runs and self.plot.endswith(".png")):
+            raise ValueError("--plot needs --runs and a file that ends in .png")
+        for name in ("json", "plot", "attention"):
+            path = getattr(self, name)
+            if path and not Path(path).parent.is_dir():
+                raise ValueError(f"--{name} {path}: no folder {Path(path).parent}. Make it, or name another file")
         model.check_convention(self.convention)
         if not self.bench and not self.model:
             self.model = "out/mfpo-1/final"
@@ -721,6 +780,9 @@ def main():
     config = runtime.parse_config(Config, description=__doc__)
     if config.runs:
         print(runs_text(config.runs))
+        if config.plot:
+            draw_runs(config.runs, config.plot)
+            print(f"wrote {config.plot}")
         return
     device = runtime.start()
     place = functools.partial(runtime.shard, device=device)
