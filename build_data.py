@@ -25,6 +25,7 @@ import math
 import re
 import shutil
 import sys
+import textwrap
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -636,7 +637,8 @@ def draw_sheet(rows, folder, path, zoom=192):
         for column, name in enumerate((row["image"], row["image_rejected"])):
             image = data.load_image(data.image_path(folder, name))
             scale = zoom / max(image.size)
-            shown = image.resize([round(s * scale) for s in image.size], Image.Resampling.NEAREST)
+            how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+            shown = image.resize([max(1, round(s * scale)) for s in image.size], how)
             sheet.paste(shown, (10 + column * (zoom + 10), top))
             if column == 0:
                 for region in row["regions"]:
@@ -646,9 +648,11 @@ def draw_sheet(rows, folder, path, zoom=192):
             f"keywords  {', '.join(row['keywords'])}",
             f"chosen    {row['chosen']}",
             f"rejected  {row['rejected']}  ({row['rejected_from']})",
-            f"noise     {row['region_kind']}, {row['noise']['schedule']} t={row['noise']['t']}",
+            f"noise     {row['region_kind']}, {row['noise']['schedule']} t={row['noise']['t']}; regions: "
+            + (", ".join(region["word"] for region in row["regions"]) or "none"),
         ]
-        pen.multiline_text((2 * zoom + 40, top), "\n\n".join(lines), fill="black", font_size=14)
+        text = "\n".join(textwrap.fill(line, 88, max_lines=3, placeholder=" ...") for line in lines)
+        pen.multiline_text((2 * zoom + 40, top), text, fill="black", font_size=14)
     sheet.save(path)
 
 

@@ -613,7 +613,7 @@ def word_in(policy, record, word):
     return len(data.chosen_row({**record, "chosen": before}, *settings).answers[0]) - 1, row  # without the end
 
 
-def draw_attention(config, place, count=8):
+def draw_attention(config, place, count=5):
     """
     A sheet of the first records whose chosen answer has --word: the image, and where the base and the trained model
     look when they are about to say it. Both are shown on one scale, the brightest patch of the row being white.

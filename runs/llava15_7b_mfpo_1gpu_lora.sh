@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # MFPO on LLaVA-1.5-7B with adapters of rank 64, one GPU of 24 to 48 GB. The adapters are merged into final/.
 #
-#   SOURCE=rlhfv/source.jsonl bash runs/llava15_7b_mfpo_1gpu_lora.sh
+#   SOURCE=RLHF-V-Dataset.parquet bash runs/llava15_7b_mfpo_1gpu_lora.sh
 #
 # Not yet run on a GPU. python bench.py --plan --model 7b --gpus 1 --lora_rank 64 --per_gpu 1: 18 GB, 4.9 records/s at 40 %
 # of an H100's peak (a 4090 has a sixth of it), so RLHF-V (5,733 records, two passes) in 40 minutes to 4 hours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-llava-hf/llava-1.5-7b-hf}
-RECORDS=$(dirname "$SOURCE")/mfpo.jsonl
-[ -f "$RECORDS" ] || python build_data.py mfpo --source "$SOURCE" --model "$MODEL" --out "$RECORDS" --schedule vcd --t 500
+RECORDS=${DATA:-data/rlhfv}/mfpo.jsonl
+GROUNDER=${GROUNDER-IDEA-Research/grounding-dino-base} SEGMENTER=${SEGMENTER-facebook/sam-vit-huge}
+[ -f "$RECORDS" ] || python build_data.py mfpo --source "$SOURCE" --images "${IMAGES:-}" --model "$MODEL" --out "$RECORDS" \
+    --grounder "$GROUNDER" --segmenter "$SEGMENTER" --batch 8 --schedule vcd --t 500
 # Rank 64 and learning rate 1e-5: mDPO's; all else as in llava15_7b_mfpo_8gpu.sh.
 python train_mfpo.py --model "$MODEL" --data "$RECORDS" --out "${OUT:-out/llava15_7b_mfpo_lora}" --lora_rank 64 \
     --beta 0.1 --learning_rate 1e-5 --warmup_steps 15 --epochs 2 --pairs_per_step 32 --pairs_per_gpu 1 --recompute True \
