@@ -25,6 +25,7 @@ import math
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 import zlib
 from collections import Counter
@@ -177,8 +178,8 @@ def check_source(record):
     objects = record.get("objects", [])
     for o in objects if isinstance(objects, list) else [objects]:
         box = o.get("box") if isinstance(o, dict) and isinstance(o.get("word"), str) else None
-        good = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
-        good = good and all(math.isfinite(v) for v in box)
+        good = isinstance(box, list) and len(box) == 4
+        good = good and all(type(v) in (int, float) and -1e9 < v < 1e9 for v in box)
         if not good or not (box[0] < box[2] and box[1] < box[3] and box[2] > 0 and box[3] > 0):
             message = (
                 f'field \'objects\' needs {{"word": text, "box": [x0, y0, x1, y1]}} with x0 < x1, y0 < y1, got {o!r}'
@@ -195,6 +196,18 @@ def check_source(record):
             raise data.BadRecord("'rejected' unusable", message)
     elif record.get("source") != "toy":
         raise data.BadRecord("'rejected' missing", "field 'rejected' is missing. Add it to every record")
+    check_toy_objects(record)
+
+
+def check_toy_objects(record):
+    """Raise BadRecord where a record says that it is of the toy world and lacks what is true of its scene."""
+    objects = record.get("objects")
+    known = isinstance(objects, list) and all(
+        isinstance(o, dict) and o.get("word") in toy.KINDS and o.get("colour") in toy.COLOURS for o in objects
+    )
+    if record.get("source") == "toy" and not (known and objects):
+        message = "field 'source' says toy, but 'objects' does not hold the scene's. Name another source"
+        raise data.BadRecord("no toy scene", message)
 
 
 # ----------------------------------------------------------------------------------------- `build_data.py toy`
@@ -327,7 +340,8 @@ SOURCE_FIELDS = ("id", "image", "question", "chosen")
 
 def check_out(config):
     """ValueError unless the files can be written: `out` a JSONL that is not the source, `sheet`, if any, a PNG."""
-    if not config.out.endswith(".jsonl") or Path(config.out).resolve() == Path(config.source).resolve():
+    out = Path(config.out)
+    if not config.out.endswith(".jsonl") or out.is_dir() or out.resolve() == Path(config.source).resolve():
         raise ValueError(f"--out {config.out}: must be a .jsonl file other than --source {config.source}")
     if config.sheet and not (config.sheet.endswith(".png") and Path(config.sheet).parent.is_dir()):
         raise ValueError(f"--sheet {config.sheet}: must end in .png and lie in a folder that exists")
@@ -348,7 +362,9 @@ def source_records(config, check, copies=None):
     """sources.records of the build's source; images to be copied go to `copies`."""
     source = Path(config.source)
     images = Path(config.images or (source if source.is_dir() else source.parent))
-    return sources.records(source, config.source_format, images, Path(config.out).parent, copies, check)
+    return sources.records(
+        source, config.source_format, images, Path(config.out).parent, copies, check, config.skip_bad
+    )
 
 
 def open_build(config, policy, check, kind):
@@ -393,8 +409,11 @@ def read_source(config, parts, check):
     """The source's usable records -> <parts>/source.jsonl; what is left out is counted by reason and printed."""
     out, dropped = Path(config.out), Counter()
 
+    copies = out.with_name(f"{out.stem}_images")
+    there = copies.exists()
+
     def usable():
-        found = source_records(config, check, out.with_name(f"{out.stem}_images"))
+        found = source_records(config, check, copies)
         for where, record in tqdm(found, f"reading {config.source}", leave=False, unit="record", delay=2):
             if isinstance(record, data.BadRecord):
                 if not (config.skip_bad or isinstance(record, sources.TextOnly)):
@@ -404,7 +423,12 @@ def read_source(config, parts, check):
             dropped["a later turn of a conversation"] += record.pop("left_out", 0)
             yield record
 
-    count = runtime.write_jsonl(parts / "source.jsonl", usable())
+    try:
+        count = runtime.write_jsonl(parts / "source.jsonl", usable())
+    except ValueError:
+        if not there:  # nothing is left behind by a mistake
+            shutil.rmtree(copies, ignore_errors=True)
+        raise
     told = ", ".join(f"{reason} {n}" for reason, n in dropped.most_common() if n)
     print(f"{count} records from {config.source}" + (f"; left out: {told}" if told else ""))
     if not count:
@@ -585,8 +609,16 @@ def build_mfpo(config):
 
 
 def own_regions(record, words):
-    """The boxes that a record has of its keywords."""
-    return [{"word": o["word"], "box": o["box"]} for o in record.get("objects", []) if o["word"] in words]
+    """The boxes that a record has of its keywords: "dining table" has those of "tables"."""
+    named = stems(" ".join(words))
+    return [{"word": o["word"], "box": o["box"]} for o in record.get("objects", []) if stems(o["word"]) & named]
+
+
+def stems(text):
+    """Content words as they are and without a plural's ending."""
+    found = set(content_words(text))
+    found |= {word[:-1] for word in found if re.search("[^su]s$", word)}
+    return found | {word[:-1] for word in found if re.search("(ch|sh|x|s)e$", word)}
 
 
 def explain(config, vector_of):
@@ -821,7 +853,12 @@ def build_mbpo(config):
     place = functools.partial(runtime.shard, device=device)
     policy = model.load(config.model, convention=config.convention, trained=False, place=place).eval()
     encoding = (policy.tokenizer, policy.template, policy.image_tokens, config.max_length)
-    parts, records = open_build(config, policy, lambda record: data.chosen_row(record, *encoding), "attacked")
+
+    def check(record):
+        check_toy_objects(record)
+        data.chosen_row(record, *encoding)
+
+    parts, records = open_build(config, policy, check, "attacked")
     eps, alpha = pixels_in("--eps", config.eps), pixels_in("--alpha", config.alpha)
     say(f"{len(records)} records; attack: {config.attack} eps={config.eps}")
 
@@ -922,16 +959,20 @@ def finish_mbpo(config, out, parts, records, pad):
 def asks_closed(config):
     """Is the source a set of closed-ended questions?"""
     for where, raw in sources.read(config.source):
-        return (config.source_format or sources.recognise(raw, where)) in sources.CLOSED
+        if config.source_format:
+            return config.source_format in sources.CLOSED
+        try:
+            return sources.recognise(raw, where) in sources.CLOSED
+        except ValueError:
+            if not config.skip_bad:
+                raise
     return False
 
 
 def keep_questions(config, out):
     """A source of closed-ended questions -> --questions of them (0: all), drawn by the seed, in the source's order."""
-    aside = out.with_suffix(".questions")
     out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside = Path(tempfile.mkdtemp(prefix=".questions", dir=out.parent))
     try:
         read_source(config, aside, data.check_question)
         asked = data.Lines(aside / "source.jsonl")

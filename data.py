@@ -67,9 +67,11 @@ def read_jsonl(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Name an existing .jsonl file, or build one with build_data.py")
-    with open(path, encoding="utf-8", errors="strict") as lines:
+    with open(path, encoding="utf-8-sig", errors="strict") as lines:  # -sig: with or without a byte-order mark
         try:
             for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
                 where = f"{path}, line {number}"
                 try:
                     value = json.loads(line)
@@ -85,13 +87,15 @@ def read_json_list(path, block=1 << 20, longest=1 << 26):
     Yield (where, object) for each item of a file that is one JSON list, as datasets of millions of records are: read
     block by block, so that memory does not grow with the file. ValueError where it breaks: what follows is lost.
     """
-    decoder, text, at, number = json.JSONDecoder(), "", 0, 0
-    with open(path, encoding="utf-8") as file:
-        text = file.read(block).lstrip("\ufeff \t\r\n")[1:]  # after the opening bracket
+    decoder, at, number, broken = json.JSONDecoder(), 0, 0, None
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read(max(block, 1 << 16)).lstrip()[1:]  # after the opening bracket
         while True:
             at = SPACE.match(text, at).end()
             where = f"{path}, item {number + 1}"
             if text[at : at + 1] == "]":
+                if (text[at + 1 :] + file.read(block)).strip():
+                    raise ValueError(f"{where}: something follows the list's end. Mend the file")
                 return
             try:
                 value, end = decoder.raw_decode(text, at)
@@ -100,6 +104,7 @@ def read_json_list(path, block=1 << 20, longest=1 << 26):
                 cut = isinstance(error, json.JSONDecodeError) and len(text) - at <= longest
                 if not cut:
                     raise ValueError(f"{where}: not JSON ({str(error)[:80]}). Mend the file") from None
+                broken = error if error.pos < len(text) - 1 else None  # inside a text it may still be cut off
                 end = len(text)
             if end < len(text):  # else a number could go on in the next block
                 if text[end] not in ",]":
@@ -111,7 +116,8 @@ def read_json_list(path, block=1 << 20, longest=1 << 26):
                 continue
             more = file.read(block)
             if not more:
-                raise ValueError(f"{where}: the file ends within it. Mend the file, or fetch it again")
+                why = f"not JSON ({broken})" if broken else "the file ends within it"
+                raise ValueError(f"{where}: {why}. Mend the file, or fetch it again")
             text, at = text[at:] + more, 0
 
 
@@ -121,8 +127,8 @@ def read_json(path):
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Name a .jsonl file, or a .json file that holds a list")
     try:
-        with open(path, encoding="utf-8") as file:
-            start = file.read(1 << 10).lstrip("\ufeff \t\r\n")[:1]
+        with open(path, encoding="utf-8-sig") as file:
+            start = file.read(1 << 16).lstrip()[:1]
         yield from read_json_list(path) if start == "[" else read_jsonl(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it") from None
@@ -145,9 +151,9 @@ def load_image(file, name=""):
                 return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise BadRecord("image missing", f"{name}: no such image. Put it there or delete the record") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, BadRecord):
-            raise
+    except BadRecord:
+        raise
+    except Exception as error:  # decoders raise whatever they like on damaged files, struct.error and RuntimeError too
         message = f"{name}: cannot be read as an image ({error}). Replace it or delete the record"
         raise BadRecord("image unreadable", message) from None
 
@@ -247,6 +253,7 @@ def check_question(record):
     if answer not in tuple(right) or (kind == "choice" and not 2 <= len(choices) <= len(LETTERS)):
         message = (
             f"field 'answer' of a {kind} question must be one of {', '.join(right) or 'choices, which are missing'}"
+            f"{f' ({len(choices)} choices; 2 to 26 will do)' if kind == 'choice' else ''}"
         )
         raise BadRecord("'answer' unusable", f"{message}, got {answer!r}. Mend or delete the record")
 

@@ -494,7 +494,8 @@ def benchmark_items(config):
         found = scores.amber_items(config)
     else:
         check = scores.field_check(question=str, image_src=str)
-        lines = enumerate(scores.read_list("--questions", config.questions, False, lambda r: check({"id": 0, **r})))
+        lines = scores.read_list("--questions", config.questions, config.skip_bad, lambda r: check({"id": 0, **r}))
+        lines = enumerate(lines)
         found = {str(n): (where, {**item, "image": Path(item["image_src"]).name}) for n, (where, item) in lines}
     file = config.objects if config.bench in ("chair", "objhal") else config.questions
     folder = Path(config.images or Path(file).parent)
@@ -504,7 +505,7 @@ def benchmark_items(config):
             raise ValueError(f"{where}: field 'image' is missing. To answer, a model needs each item's image. Add it")
         try:
             if not data.image_path(folder, item["image"]).is_file():
-                raise ValueError(f"{where}: no image {folder / item['image']}. Name its folder with --images")
+                raise data.BadRecord("image missing", f"no image {folder / item['image']}. Name its folder as --images")
         except data.BadRecord as error:
             raise ValueError(f"{where}: {error}") from None
         asked = item.get("question", field) if config.bench in ("chair", "objhal") else item[field]
@@ -540,11 +541,10 @@ def answer_benchmark(config):
     def finish(lines):
         lines = list(lines)
         texts, cut = [line["answer"] for line in lines], sum(not line["ended"] for line in lines)
-        if config.bench == "amber":
-            names = [
-                text if item["type"] == "generative" else yes_or_no(text)
-                for item, text in zip(items, texts, strict=True)
-            ]
+        if config.bench == "amber":  # an answer that says neither stays as it is, and so counts as wrong
+            yes_no = [bool({"yes", "no", "not"} & set(re.findall(r"\w+", text.lower()))) for text in texts]
+            plain = [item["type"] == "generative" or not known for item, known in zip(items, yes_no, strict=True)]
+            names = [text if keep else yes_or_no(text) for text, keep in zip(texts, plain, strict=True)]
             answers = [{"id": item["id"], "response": name} for item, name in zip(items, names, strict=True)]
             runtime.write_text(out, json.dumps(answers, indent=1))
         elif config.bench == "mmhal":
@@ -576,16 +576,19 @@ def benchmark(config):
     if not config.model:
         del settings["max_new_tokens"]  # whoever answered knows
     score = scores.BENCHMARKS[config.bench]
-    if config.bench == "mmhal" and not config.judged:
+    if config.bench == "mmhal" and not config.judged and not config.compare:
+        if not Path(config.answers).is_file():
+            raise ValueError(f"--answers {config.answers}: no such file. Name --model to answer, or --judged to score")
         print(
             f"next: let a judge rate {config.answers}, then eval.py --bench mmhal --judged <its answers> --judge <name>"
         )
         return
     if config.compare:
-        both = [score(dataclasses.replace(config, answers=path)) for path in config.compare]
+        files = "judged" if config.bench == "mmhal" else "answers"
+        both = [score(dataclasses.replace(config, **{files: path})) for path in config.compare]
         if len(both[0].rows) != len(both[1].rows):
             raise ValueError(f"--compare {' '.join(config.compare)}: answers to different questions. Answer the same")
-        print(scores.compare_table(*both, [Path(path).stem for path in config.compare]))
+        print(scores.compare_table(*both, config.compare))
         found = {name: [list(pair) for pair in cells] for name, cells in scores.compared(*both).items()}
         report = {"compare": config.compare, "a_b_difference": found, "settings": settings}
     else:
@@ -620,15 +623,13 @@ def draw_attention(config, place, count=5):
     """
     path = Path(config.questions or f"{config.data}/{config.split}.jsonl")
     folder = Path(config.images or path.parent)
-    fields = dict.fromkeys(("id", "image", "question", "chosen"), str)
     records, maps = None, []
     for name in (config.base, config.model):
         policy = model.load(name, convention=config.convention, trained=False, place=place).eval()
         if records is None:
-            good = (
-                line for where, line in data.read_json(path) if isinstance(line, dict) and fields.keys() <= line.keys()
-            )
-            records = [record for record in good if word_in(policy, record, config.word)][:count]
+            check = scores.field_check(**dict.fromkeys(("id", "image", "question", "chosen"), str))
+            lines = scores.read_list("--questions", path, config.skip_bad, check)
+            records = [record for _, record in lines if word_in(policy, record, config.word)][:count]
             if not records:
                 raise ValueError(f"{path}: no record's 'chosen' holds the word {config.word!r}. Name another --word")
         found = []
@@ -659,7 +660,8 @@ def draw_attention(config, place, count=5):
 
 def share_in_boxes(grid, record, word, folder, policy):
     """The share of a map's attention that lies in the record's boxes of the word; None if it has none."""
-    boxes = [o["box"] for o in record.get("objects", []) + record.get("regions", []) if o.get("word") == word]
+    known = [*record.get("objects", []), *record.get("regions", [])]
+    boxes = [o["box"] for o in known if isinstance(o, dict) and str(o.get("word")).lower() == word.lower()]
     if not boxes:
         return None
     size = data.load_image(data.image_path(folder, record["image"])).size
@@ -724,7 +726,7 @@ class Config:
     images: str = knob("", "folder of the images; empty: that of the file that names them")
     max_new_tokens: int = knob(0, "bench: longest answer; 0: the benchmark's own")
     batch: int = knob(32, "bench: answers at a time")
-    skip_bad: bool = knob(False, "bench: leave bad records and unmatched answers out, counted, instead of stopping")
+    skip_bad: bool = knob(False, "bench: leave bad records and what has no answer out, counted, instead of stopping")
     compare: list[str] = dataclasses.field(
         default_factory=list,
         metadata={"help": "two checkpoints, or with --bench two files of answers, side by side with their difference"},
@@ -751,8 +753,8 @@ class Config:
             raise ValueError("--plot needs --runs and a file that ends in .png")
         for name in ("json", "plot", "attention"):
             path = getattr(self, name)
-            if path and not Path(path).parent.is_dir():
-                raise ValueError(f"--{name} {path}: no folder {Path(path).parent}. Make it, or name another file")
+            if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+                raise ValueError(f"--{name} {path}: is a folder, or lies in none. Name another file")
         model.check_convention(self.convention)
         if not self.bench and not self.model:
             self.model = "out/mfpo-1/final"
@@ -769,10 +771,14 @@ def compare_text(config, place):
     taken = scores.draws(count)
     both = [counts_of(measured[name], measured["base"]) for name in ("A", "B")]
     one, two = ({key: taken @ values for key, values in arrays.items()} for arrays in both)
-    lines = [f"{'':31}" + "".join(f"{name:>28}" for name in ("A", "B", "B - A"))]
+    lines, found = [f"{'':31}" + "".join(f"{name:>28}" for name in ("A", "B", "B - A"))], {}
     for name in (name for name in TABLE if name in METRICS):
         drawn = METRICS[name](one), METRICS[name](two), METRICS[name](two) - METRICS[name](one)
-        lines.append(f"{TABLE[name]:31}" + "".join(f"{scores.cell(*scores.with_interval(d)):>28}" for d in drawn))
+        found[name] = [scores.with_interval(d) for d in drawn]
+        lines.append(f"{TABLE[name]:31}" + "".join(f"{scores.cell(*each):>28}" for each in found[name]))
+    if config.json and runtime.rank() == 0:
+        runtime.write_text(config.json, json.dumps({"compare": config.compare, "a_b_difference": found}, indent=2))
+        lines.append(f"wrote {config.json}")
     return "\n".join([*lines, f"95 % intervals by bootstrap over the same {count} scenes for both"])
 
 

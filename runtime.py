@@ -98,7 +98,7 @@ def run(main):
 def whole_file(path):
     """A text file to write into, which appears under its name whole or not at all: aside, synced, renamed."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.tmp")
     try:
         with open(aside, "w", encoding="utf-8") as file:
             yield file
@@ -223,7 +223,8 @@ def open_parts(parts, settings, unimportant=(), folders=()):
     Rank 0 makes `parts`, the folder of work that can be stopped, or finds the one that is there: ValueError unless it
     is of the same settings, but for the `unimportant`. `folders` are made in it.
     """
-    path = Path(parts) / "settings.json"
+    parts = Path(parts)
+    path, aside = parts / "settings.json", parts.with_suffix(".parts.new")
     if path.is_file():
         before = json.loads(path.read_text())
         others = [name for name in settings if before.get(name) != settings[name] and name not in unimportant]
@@ -234,11 +235,14 @@ def open_parts(parts, settings, unimportant=(), folders=()):
             ]
             raise ValueError(f"{parts}: unfinished work with {', '.join(told)}. Finish it so, or delete that folder")
         print(f"going on with the unfinished work in {parts}")
+    elif parts.exists():
+        raise ValueError(f"{parts}: is none of our folders of unfinished work. Move it away, or name another file")
     else:
-        shutil.rmtree(parts, ignore_errors=True)  # of work that was stopped before it began
+        shutil.rmtree(aside, ignore_errors=True)  # of work that was stopped before it began
         for folder in ("", *folders):
-            (Path(parts) / folder).mkdir(parents=True)
-        write_text(path, json.dumps(settings))
+            (aside / folder).mkdir(parents=True)
+        write_text(aside / "settings.json", json.dumps(settings))
+        aside.rename(parts)
 
 
 def discard(parts):

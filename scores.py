@@ -140,13 +140,7 @@ JOINED = {" ".join(pair.split()): " ".join(pair.split()) for pair in DOUBLE_WORD
 for _animal in "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split():
     JOINED |= {f"baby {_animal}": _animal, f"adult {_animal}": _animal}
 JOINED |= {"passenger jet": "jet", "passenger train": "train", "bow tie": "tie", "toilet seat": "toilet"}
-IRREGULAR = {
-    "men": "man", "women": "woman", "children": "child", "people": "people", "mice": "mouse", "geese": "goose",
-    "feet": "foot", "teeth": "tooth", "oxen": "ox", "calves": "calf", "knives": "knife", "loaves": "loaf",
-    "shelves": "shelf", "leaves": "leaf", "wolves": "wolf", "scarves": "scarf", "policemen": "policeman",
-    "firemen": "fireman", "snowmen": "snowman", "gentlemen": "gentleman", "servicemen": "serviceman",
-    "ladies": "lady", "buses": "bus", "busses": "bus",
-}  # fmt: skip
+IRREGULAR = {"people": "person", "mice": "mouse", "geese": "goose", "oxen": "ox", "buses": "bus", "busses": "bus"}
 
 
 class Objects:
@@ -157,13 +151,16 @@ class Objects:
     path   the benchmark's synonym file: a class a line, the class first, then its synonyms, separated by commas
 
     The script of 2018 makes words singular with pattern.en, which loses "bus" (it becomes "bu") and "ties" ("ty"); here
-    they count, and `lost_in_2018` says how often that mattered. A hyphen joins a word, as it does there.
+    they count, and `lost_in_2018` says how often at least. Its tokenizer leaves "cat/dog" one word; here it is two.
+    A hyphen joins a word, as it does there.
     """
 
     def __init__(self, path):
         self.class_of = {}
+        if not path:
+            raise ValueError("--synonyms is needed: name CHAIR's synonym file, a class a line")
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--synonyms {path}: cannot be read ({error}). Name the synonym file of CHAIR") from None
         for line in lines:
@@ -176,18 +173,19 @@ class Objects:
         self.known = set(self.class_of) | {word for pair in JOINED for word in pair.split()}
 
     def singular(self, word):
-        """The word without its plural, by spelling; what is in the table stays as it is."""
-        if word in self.known:
-            return word
-        if word in IRREGULAR:
-            return IRREGULAR[word]
-        guesses = [word]
-        if word.endswith("s") and not word.endswith(("ss", "us", "is")) and len(word) > 2:
-            guesses = [word[:-1]]
-            guesses += [word[:-2]] if word.endswith(("ses", "xes", "zes", "ches", "shes", "oes")) else []
+        """The word without its plural, if that is a word of the table or of a double word; else as it is."""
+        guesses = [IRREGULAR[word]] if word in IRREGULAR else []
+        guesses += [word[:-3] + "man"] if word.endswith("men") else []
+        guesses += [word[:-3]] if word.endswith("children") else []
+        if word.endswith("s"):
+            guesses += [word[:-1], word[:-2]] if word.endswith("es") else [word[:-1]]
             guesses += [word[:-3] + "y"] if word.endswith("ies") else []
             guesses += [word[:-3] + "f", word[:-3] + "fe"] if word.endswith("ves") else []
-        return next((guess for guess in guesses if guess in self.known), guesses[0])
+        kind = self.class_of.get(word)  # "skis" is a class of the table, and so is "ski": the same word twice
+        for guess in guesses:
+            if guess in self.known and (word not in self.known or (kind and self.class_of.get(guess) == kind)):
+                return guess
+        return word
 
     def mentions(self, text):
         """[(word, class)] in the order of the text, repeats kept."""
@@ -204,10 +202,9 @@ class Objects:
         return [(word, self.class_of[word]) for word in joined if word in self.class_of]
 
     def lost_in_2018(self, text):
-        """How many mentions of this text the script of 2018 does not see."""
-        return float(
-            sum(self.singular(word) in self.class_of for word in re.findall(r"\b(?:bus|ties)\b", text.lower()))
-        )
+        """How many mentions of this text the script of 2018 does not see, at least."""
+        lost = re.findall(r"(?<![\w-])(?:bus|minibus|airbus|(?<!bow )ties)(?![\w-])", text.lower())
+        return float(sum(self.singular(word) in self.class_of for word in lost))
 
 
 # ----------------------------------------------------------------------------------------------- files of answers
@@ -244,18 +241,25 @@ def read_list(flag, path, skip_bad, check):
 
 def id_of(record):
     """A record's id, as text, under one of the names that benchmarks have for it."""
-    for name in ("question_id", "id"):
-        if isinstance(record.get(name), str | int) and not isinstance(record[name], bool) and str(record[name]).strip():
-            return str(record[name])
-    raise data.BadRecord("no id", "has no 'question_id' or 'id' that is a text or a whole number. Add it")
+    found = [record[name] for name in ("question_id", "id") if name in record]
+    if not found or type(found[0]) not in (str, int) or not str(found[0]).strip():
+        raise data.BadRecord("no id", "has no 'question_id' or 'id' that is a text or a whole number. Add it")
+    return str(found[0])
 
 
 def said(record):
-    """The answer in a line of an answers file, under one of the names that benchmarks have for it. It may be empty."""
-    for name in ("answer", "text", "response", "model_answer"):
-        if isinstance(record.get(name), str):
-            return record[name]
-    raise data.BadRecord("no answer", "has no 'answer' that is a text (an empty one counts as an answer). Add it")
+    """
+    The answer in a line of an answers file: "answer" (POPE), "response" (AMBER) or, where neither is, "text" (LLaVA).
+    It may be empty.
+    """
+    name = next((name for name in ("answer", "response", "text") if name in record), None)
+    if name is None or not isinstance(record[name], str):
+        raise data.BadRecord("no answer", "has no 'answer' that is a text (an empty one counts as an answer). Add it")
+    if "label" in record and name == "text":
+        raise data.BadRecord("a question", "is a question, for it has a 'label'. Name the file of answers")
+    if name == "answer" and record.get("response", record["answer"]) != record["answer"]:
+        raise data.BadRecord("two answers", "'answer' and 'response' differ. Keep the one that is meant")
+    return record[name]
 
 
 def by_id(flag, path, skip_bad, check=lambda record: None):
@@ -312,6 +316,20 @@ class Counts:
     titles: dict  # name -> how the table calls it
     notes: list = field(default_factory=list)  # sentences below the table
     totals: tuple = ()  # names of sums that the table's first line and --json tell
+    unit: str = "images"  # what a row is of
+
+
+def add(rows, key, counts):
+    """Add counts to the row of an image."""
+    row = rows.setdefault(key, dict.fromkeys(counts, 0.0))
+    for name, value in counts.items():
+        row[name] = row.get(name, 0.0) + value
+
+
+def filled(rows):
+    """The rows of all images, each with the names of all."""
+    names = {name: None for row in rows.values() for name in row}
+    return [{name: row.get(name, 0.0) for name in names} for row in rows.values()]
 
 
 def field_check(**kinds):
@@ -351,14 +369,12 @@ def object_counts(text, truth, objects):
 
 def chair(config, pairs=None):
     """CHAIR, and with --bench objhal Object HalBench's two rates: `config` names the files."""
-    objects = Objects(config.synonyms) if config.synonyms else None
-    if objects is None:
-        raise ValueError("--synonyms is needed: name CHAIR's synonym file, a class a line")
-    rows = []
+    objects, rows = Objects(config.synonyms), {}
     for item, text in matched(chair_items(config), config.answers, config.skip_bad):
         truth = {objects.class_of[" ".join(name.lower().split())] for name in item["objects"]}
         truth |= {kind for caption in item["captions"] for _, kind in objects.mentions(caption)}
-        rows.append(object_counts(text, truth, objects))
+        add(rows, item.get("image", id_of(item)), object_counts(text, truth, objects))
+    rows = list(rows.values())
     metrics = {
         "chair_s": lambda s: ratio(s["hallucinated_captions"], s["captions"]),
         "chair_i": lambda s: ratio(s["hallucinated_mentions"], s["mentions"]),
@@ -387,7 +403,7 @@ def chair(config, pairs=None):
     if not sum(row["mentions"] for row in rows):
         notes.append("No caption names an object of the table, so CHAIR_i is undefined.")
     if lost := int(sum(row["lost_in_2018"] for row in rows)):
-        notes.append(f"{lost} mentions (bus, ties) are counted here that the script of 2018 does not see.")
+        notes.append(f"At least {lost} mentions (bus, ties) count here that the script of 2018 does not see.")
     names = (
         "captions",
         "hallucinated_captions",
@@ -404,6 +420,7 @@ def chair_items(config):
 
     def check(record):
         field_check(objects=list, captions=list)(record)
+        field_check(**{name: str for name in ("image", "question") if name in record})(record)
         for name in record["objects"]:
             if " ".join(name.lower().split()) not in objects.class_of:
                 message = f"field 'objects': {name!r} is not in {config.synonyms}. Use the classes of that file"
@@ -416,13 +433,12 @@ def pope(config):
     """POPE with its own reading of answers; yes is positive."""
     rows = {}
     for item, text in matched(pope_items(config), config.answers, config.skip_bad):
-        names = ("asked", "tp", "fp", "fn", "tn", "neither", "no_read_as_yes")
-        row = rows.setdefault(item["image"], dict.fromkeys(names, 0.0))
         says, words = yes_or_no(text), set(re.findall(r"\w+", text.lower()))
-        row["asked"] += 1
-        row[("t" if says.lower() == item["label"].lower() else "f") + ("p" if says == "Yes" else "n")] += 1
-        row["neither"] += not words & {"yes", "no", "not"}
-        row["no_read_as_yes"] += says == "Yes" and "yes" not in words and bool(words & {"no", "not"})
+        counts = dict.fromkeys(("asked", "tp", "fp", "fn", "tn"), 0.0) | {"asked": 1.0}
+        counts[("t" if says.lower() == item["label"].lower() else "f") + ("p" if says == "Yes" else "n")] = 1.0
+        counts["neither"] = float(not words & {"yes", "no", "not"})
+        counts["no_read_as_yes"] = float(says == "Yes" and "yes" not in words and bool(words & {"no", "not"}))
+        add(rows, item["image"], counts)
     metrics = {
         "accuracy": lambda s: ratio(s["tp"] + s["tn"], s["asked"]),
         "precision": lambda s: ratio(s["tp"], s["tp"] + s["fp"]),
@@ -449,31 +465,33 @@ def pope_items(config):
 
 
 def closed(config):
-    """Closed-ended questions by kind and by category; those of MME by its own score too."""
+    """
+    Closed-ended questions by kind and by category: letters as LLaVA reads them, MME's yes and no as MME does, all else
+    as closed_answer does; those of MME by its own score too.
+    """
     rows, kinds, categories, mme = {}, set(), set(), {}
     for item, text in matched(closed_items(config), config.answers, config.skip_bad):
-        kind, category = item["kind"], item.get("category", "")
+        kind, category, of_mme = item["kind"], item.get("category", ""), item.get("source") == "mme"
         if kind == "choice":
-            right = letter(text, item["choices"]) == item["answer"]
-        elif kind == "yesno":
-            right = mme_answer(text) == item["answer"].lower()
+            read = letter(text, item["choices"])
+            right = read == item["answer"]
+        elif of_mme:
+            read = mme_answer(text).replace("other", "")
+            right = read == item["answer"].lower()
         else:
-            right = is_right(text, item)
-        row = rows.setdefault(item["image"], Counter())
-        row.update({"asked": 1.0, "right": float(right), "unread": float(closed_answer(text, item) is None)})
-        row.update({f"{kind} asked": 1.0, f"{kind} right": float(right)})
+            read, right = closed_answer(text, item), is_right(text, item)
+        counts = {"asked": 1.0, "right": float(right), "unread": float(not read)}
+        counts |= {f"{kind} asked": 1.0, f"{kind} right": float(right)}
+        counts |= {f"/{category} asked": 1.0, f"/{category} right": float(right)} if category else {}
+        add(rows, item["image"], counts)
         kinds.add(kind)
-        if category:
-            categories.add(category)
-            row.update({f"/{category} asked": 1.0, f"/{category} right": float(right)})
-        if item.get("source") == "mme":
+        categories |= {category} - {""}
+        if of_mme:
             mme.setdefault((category, item["image"]), []).append(right)
     for (category, image), answers in mme.items():
         if len(answers) != 2:
             raise ValueError(f"MME: {image!r} ({category}) has {len(answers)} questions, not 2. Use the whole set")
-        rows[image].update({f"/{category} images": 1.0, f"/{category} both": float(all(answers))})
-    names = {name for row in rows.values() for name in row}
-    rows = [{name: row[name] for name in names} for row in rows.values()]
+        add(rows, image, {f"/{category} images": 1.0, f"/{category} both": float(all(answers))})
     metrics = {"accuracy": lambda s: ratio(s["right"], s["asked"])}
     titles = {"accuracy": "accuracy"}
     for kind in sorted(kinds) if len(kinds) > 1 else []:
@@ -490,13 +508,15 @@ def closed(config):
 
         metrics["mme"] = lambda s: sum(score(s, c) for c in scored)
         titles["mme"] = f"MME score, of {200 * len(scored)}"
-    notes = [f"{int(sum(row['unread'] for row in rows))} answers could not be read as an answer of their kind."]
-    return Counts(rows, metrics, titles, notes, ("asked", "right", "unread"))
+    notes = [f"{sum(row['unread'] for row in rows.values()):.0f} answers could not be read; they count as wrong."]
+    return Counts(filled(rows), metrics, titles, notes, ("asked", "right", "unread"))
 
 
 def closed_items(config):
     def check(record):
-        field_check(image=str, question=str, kind=str, answer=str)(record)
+        needed = ["category"] if record.get("source") == "mme" else []
+        needed += [name for name in ("category", "source") if name in record]
+        field_check(image=str, question=str, kind=str, answer=str, **dict.fromkeys(needed, str))(record)
         data.check_question(record)
 
     return by_id("--questions", config.questions, config.skip_bad, check)
@@ -530,20 +550,20 @@ def amber(config):
     if (extra or missing) and not config.skip_bad:
         told = f"id {extra[0]!r} is not asked" if extra else f"id {missing[0]!r} has no answer"
         raise ValueError(f"{config.answers}: {told}. Use the answers to these questions, or --skip_bad")
-    rows, unread = {}, 0
+    rows, unread, names = {}, 0, set()
     for key, (_, item) in yes_no.items():
         if key not in answers:
             continue
         text, truth = said(answers[key][1]), item["truth"].capitalize()
         unread += text not in ("Yes", "No")
-        row = rows.setdefault(item.get("image", key), Counter())
+        counts = {}
         for part in ("", AMBER_PARTS[item["type"]] + " "):
-            row.update({f"{part}asked": 1.0, f"{part}right": float(text == truth)})
-            row.update({f"{part}no": float(truth == "No"), f"{part}said no": float(text == "No")})
-            row.update({f"{part}no right": float(text == truth == "No")})
-    names = {name for row in rows.values() for name in row}
-    rows = [{name: row[name] for name in names} for row in rows.values()]
-    metrics, titles = {}, {}
+            counts |= {f"{part}asked": 1.0, f"{part}right": float(text == truth)}
+            counts |= {f"{part}no": float(truth == "No"), f"{part}said no": float(text == "No")}
+            counts |= {f"{part}no right": float(text == truth == "No")}
+        add(rows, item.get("image", key), counts)
+        names |= counts.keys()
+    metrics = {}
     for part in ("", "existence ", "attribute ", "relation "):
         if f"{part}asked" in names:
             metrics |= {
@@ -558,7 +578,8 @@ def amber(config):
         notes.append(
             f"{described} descriptions are for the official script: it needs NLTK's nouns and spaCy's vectors."
         )
-    return Counts(rows, metrics, titles, notes, ("asked", "right", "no", "said no"))
+    unit = "images" if config.questions else "questions (name --questions to draw by images)"
+    return Counts(filled(rows), metrics, titles, notes, ("asked", "right", "no", "said no"), unit)
 
 
 def amber_items(config):
@@ -599,6 +620,8 @@ def mmhal(config):
         raise ValueError("--judge is needed: the judge model's name. Scores of different judges cannot be compared")
     rows, unread = [], 0
     for number, (where, answer) in enumerate(data.read_json(config.judged)):
+        if isinstance(answer, data.BadRecord):
+            raise ValueError(f"{where}: {answer}")
         if isinstance(answer, dict):
             try:
                 answer = answer["choices"][0]["message"]["content"] if "choices" in answer else said(answer)
@@ -625,7 +648,7 @@ def mmhal(config):
     titles = {"score": "score, 0 to 6", "hallucination_rate": "hallucination rate: rated below 3"}
     titles |= {kind: f"  {kind}" for kind in MMHAL_TYPES}
     notes = [f"judge: {config.judge}. {unread} of its answers hold no rating, or several, and count as 0."]
-    return Counts(rows, metrics, titles, notes, ("items", "hallucinated"))
+    return Counts(rows, metrics, titles, notes, ("items", "hallucinated"), "questions")
 
 
 BENCHMARKS = {"chair": chair, "objhal": chair, "pope": pope, "closed": closed, "amber": amber, "mmhal": mmhal}
@@ -664,6 +687,7 @@ def summary(counts, settings):
     return told | {
         "counts": sums,
         "images": len(counts.rows),
+        "unit": counts.unit,
         "interval": {name: interval for name, (_, interval) in found.items()},
         "settings": settings,
         "notes": counts.notes,
@@ -679,7 +703,9 @@ def table(counts, settings):
     lines = [f"{counts.titles[name]:48}{cell(*with_interval(drawn)):>26}" for name, drawn in values(counts).items()]
     sums = ", ".join(f"{name.replace('_', ' ')} {sum(row[name] for row in counts.rows):.0f}" for name in counts.totals)
     told = ", ".join(f"{name} {value}" for name, value in settings.items() if value)
-    return "\n".join([*lines, sums, *counts.notes, f"95 % intervals by bootstrap over {len(counts.rows)} images", told])
+    return "\n".join(
+        [*lines, sums, *counts.notes, f"95 % intervals by bootstrap over {len(counts.rows)} {counts.unit}", told]
+    )
 
 
 def compared(a, b):
@@ -697,4 +723,4 @@ def compare_table(a, b, names):
     lines = [f"{'':48}" + "".join(f"{name:>28}" for name in (*names, "difference"))]
     for name, cells in compared(a, b).items():
         lines.append(f"{a.titles[name]:48}" + "".join(f"{cell(*each):>28}" for each in cells))
-    return "\n".join([*lines, f"95 % intervals by bootstrap over the same {len(a.rows)} images for both"])
+    return "\n".join([*lines, f"95 % intervals by bootstrap over the same {len(a.rows)} {a.unit} for both"])

@@ -25,6 +25,7 @@ sets in LLaVA-mix); what they called it is kept in "origin".
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import io
 import json
@@ -38,6 +39,8 @@ from PIL import Image
 import data
 from data import BadRecord
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+MAGIC = (b"\x89P", b"\xff\xd8", b"GI", b"RI", b"BM")  # how PNG, JPEG, GIF, WebP and BMP files begin
 CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."
 SHORT_PROMPT = "Answer the question using a single word or phrase."
 
@@ -68,7 +71,8 @@ def text(raw, field):
 TEMPLATES = [  # what a prompt may be wrapped in: the mark of a user's turn, and the whole, the question in its group
     ("USER:", r".*?USER: ?(.*?) ?ASSISTANT:\s*"),
     ("### Human:", r".*?### Human: ?(.*?)\s*### Assistant:\s*"),
-    ("[INST]", r"\s*(?:<s>)?\s*\[INST\] ?(.*?) ?\[/INST\]\s*"),
+    ("[INST]", r"\s*(?:<s>)?\s*\[INST\] ?(?:<<SYS>>.*?<</SYS>>\s*)?(.*?) ?\[/INST\]\s*"),
+    ("<|user|>", r".*?<\|user\|>\s*(.*?)<\|end\|>\s*<\|assistant\|>\s*"),
     ("<|im_start|>user", r".*?<\|im_start\|>user\n(.*?)<\|im_end\|>\s*<\|im_start\|>assistant\s*"),
 ]
 
@@ -94,7 +98,10 @@ SEVERAL_TURNS = ("several turns", "the prompt is a conversation of several turns
 
 def bare_answer(answer):
     """An answer without the end-of-sequence mark that some datasets have written into it."""
-    return re.sub(r"\s*(</s>|<\|im_end\|>)\s*$", "", answer).strip()
+    answer = re.sub(r"\s*(</s>|<\|im_end\|>|<\|end\|>)\s*$", "", answer).strip()
+    if not answer:
+        raise BadRecord("answer empty", "an answer is empty but for an end mark. Delete the record")
+    return answer
 
 
 def first_turn(raw, field):
@@ -130,7 +137,7 @@ def trl(raw):
     chosen, rejected, prompt = (raw.get(name) for name in ("chosen", "rejected", "prompt"))
     if prompt is None and isinstance(chosen, list) and isinstance(rejected, list):
         same = 0
-        while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+        while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
             same += 1
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
     if isinstance(prompt, list):
@@ -145,7 +152,7 @@ def trl(raw):
                 raise BadRecord(*SEVERAL_TURNS)
             value = message_text(value[0])
         answers[name] = bare_answer(text({name: value}, name))
-    images = raw.get("images", raw.get("image"))
+    images = raw.get("images") or raw.get("image")
     if isinstance(images, list):
         if len(images) > 1:
             raise BadRecord(
@@ -157,6 +164,8 @@ def trl(raw):
 
 def preference(raw):
     """question, chosen and rejected as plain texts (RLAIF-V)."""
+    if "objects" in raw:
+        raise BadRecord("'id' missing", "field 'id' is missing, and 'objects' is not RLAIF-V's. Add it")
     answers = {name: bare_answer(text(raw, name)) for name in ("chosen", "rejected")}
     return {"question": bare_question(text(raw, "question")), **answers}
 
@@ -164,7 +173,9 @@ def preference(raw):
 def rlhf_v(raw):
     try:
         inner = json.loads(text(raw, "text"))
-    except (json.JSONDecodeError, RecursionError):
+    except (json.JSONDecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, BadRecord):
+            raise
         inner = None
     if not isinstance(inner, dict):
         raise BadRecord("'text' unusable", "field 'text' must be a JSON object in a string. Mend the record")
@@ -212,15 +223,16 @@ def choice(raw, field):
 def mmstar(raw):
     """Its options lie inside the question, after 'Options:' as 'A: a cup, B: a pen' or 'Choices:' as '(A) 10'."""
     question, answer = bare_question(text(raw, "question")), text(raw, "answer").strip()
-    after = re.split(r"Options:|Choices:", question)[-1]
-    found = re.finditer(r"(?<!\S)\(?([A-Z])[:.)]\s*", after)
-    marks = []
-    for mark in found:  # in order: an "A:" inside of an option is no mark
-        if mark[1] == data.LETTERS[len(marks) : len(marks) + 1]:
+    after = re.split(r"Options:|Choices:", question, maxsplit=1)[-1]
+    marks, form = [], None
+    for mark in re.finditer(r"(?<!\S)(\(?)([A-Z])([:.)])\s*", after):
+        # In order and all alike: neither an "A:" nor the "B." of a name inside of an option is a mark.
+        if mark[2] == data.LETTERS[len(marks) : len(marks) + 1] and form in (None, (mark[1], mark[3])):
             marks.append(mark)
+            form = mark[1], mark[3]
     ends = [*(mark.start() for mark in marks[1:]), len(after)]
     options = [after[m.end() : end].strip().rstrip(",").strip() for m, end in zip(marks, ends, strict=False)]
-    if len(options) < 2 or not all(options) or answer not in data.LETTERS[: len(options)]:
+    if len(options) < 2 or not all(options) or answer not in list(data.LETTERS[: len(options)]):
         message = f"found the options {options} in the question, and the answer is {answer!r}. Mend the record"
         raise BadRecord("options unusable", message)
     return {"question": f"{question}\n{CHOICE_PROMPT}", "kind": "choice", "answer": answer, "choices": options}
@@ -231,11 +243,14 @@ def mme(raw):
     answer = text(raw, "answer").strip().capitalize()
     if answer not in ("Yes", "No"):
         raise BadRecord("'answer' unusable", f"field 'answer' must be Yes or No, got {answer!r}. Mend the record")
-    question = bare_question(text(raw, "question")).replace("Please answer yes or no.", "").strip()
+    if {"kind", "choices", "options"} & raw.keys():
+        raise BadRecord("no format", "is no question of MME. Name the --source_format, or add the fields that it lacks")
+    question = bare_question(bare_question(text(raw, "question")).replace("Please answer yes or no.", ""))
     return {"question": f"{question}\n{SHORT_PROMPT}", "kind": "yesno", "answer": answer}
 
 
 def own(raw):
+    raw = {name: value for name, value in raw.items() if name != "left_out"}
     return {**raw, "id": text(raw, "id"), "question": text(raw, "question"), "chosen": text(raw, "chosen")}
 
 
@@ -293,8 +308,9 @@ def read_parquet(path):
                     for row in batch.to_pylist():
                         number += 1
                         yield f"{file}, row {number}", row
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{file}: cannot be read as parquet ({str(error)[:80]}). Fetch it again") from None
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())[:80]
+            raise ValueError(f"{file}: cannot be read as parquet ({reason}). Fetch it again") from None
 
 
 def read(path):
@@ -324,13 +340,10 @@ def place_image(value, images, folder, copies):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if value is None or value == "":
         raise TextOnly
-    if isinstance(value, str) and len(value) > 1000:  # no path is as long
-        try:
-            value = base64.b64decode(value, validate=True)
-        except (binascii.Error, ValueError):
-            raise BadRecord(
-                "image unreadable", f"image {value[:40]!r}... is neither a path nor base64. Mend it"
-            ) from None
+    if isinstance(value, str) and len(value) > 60 and re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", value):
+        with contextlib.suppress(binascii.Error, ValueError):  # else it is a path after all
+            decoded = base64.b64decode("".join(value.split()), validate=True)
+            value = decoded if decoded[:2] in MAGIC else value
     if isinstance(value, str):
         inside = Path(value).is_absolute() and Path(value).is_relative_to(images.resolve())
         path = data.image_path(images, str(Path(value).relative_to(images.resolve())) if inside else value)
@@ -366,22 +379,28 @@ def in_threads(work, items, ahead=256):
             pool.shutdown(cancel_futures=True)
 
 
-def records(path, source_format, images, folder, copies, check):
+def records(path, source_format, images, folder, copies, check, skip_bad=False):
     """
     Yield (where, record or BadRecord) for each record of a source: in this project's form, checked, image in place.
 
     source_format   a name in FORMATS; empty: recognised from the first record
     copies          None leaves the images alone
     check           check(record) raises BadRecord unless the builder can use it
+    skip_bad        the first record that some format fits tells the format; else the first of all must
     """
     reader, seen, name = None, set(), source_format
 
     def raws():
         nonlocal name, reader
         for number, (where, raw) in enumerate(read(path), 1):
-            if reader is None:
-                name = name or recognise(raw, where)
-                reader = FORMATS[name][0]
+            if not name:
+                try:
+                    name = recognise(raw, where)
+                except ValueError as error:
+                    if not skip_bad or number == 100:
+                        raise
+                    raw = raw if isinstance(raw, BadRecord) else BadRecord("no known format", str(error))
+            reader = FORMATS[name][0] if name else None
             yield number, where, raw
 
     def finished(item):
@@ -400,12 +419,13 @@ def records(path, source_format, images, folder, copies, check):
                 record |= {"category": str(category)} if category is not None else {}
             elif not raw.get("image"):
                 raise BadRecord("'image' missing", "field 'image' is missing. Add it or delete the record")
-            if copies:
-                record["image"] = place_image(record["image"], images, folder, copies)
-            for field in ("id", "question", "chosen", "rejected"):
-                if any(0xD800 <= ord(c) < 0xE000 for c in str(record.get(field, ""))):
+            for field, value in record.items():
+                told = value if isinstance(value, str) else repr(value)
+                if SURROGATE.search(told) or (not isinstance(value, str) and "\\ud" in told):
                     raise BadRecord(f"{field!r} not text", f"field {field!r} holds half a character. Mend the text")
             check(record)
+            if copies:
+                record["image"] = place_image(record["image"], images, folder, copies)
             return where, record
         except BadRecord as error:
             return where, error

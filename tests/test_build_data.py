@@ -420,7 +420,8 @@ def test_a_build_killed_at_its_seams_goes_on_to_the_same_files(world, monkeypatc
             )
         run_here(patch, build_data, *build_args(world, "seam.jsonl"))
     if stop == "before it began":
-        (parts / "gain_000000.jsonl").write_text("rubbish")
+        assert not parts.exists()  # it appears with its settings, or not at all
+        parts.with_suffix(".parts.new").joinpath("gain_000000.jsonl").write_text("rubbish")
     run_here(monkeypatch, build_data, *build_args(world, "seam.jsonl"))
     assert all_files(world, "seam") == straight and not parts.exists() and not list(world.glob("seam.parts*"))
 
