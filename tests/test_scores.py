@@ -19,8 +19,11 @@ import runtime
 import scores
 import toy
 
-SYNONYMS = """person, man, woman, child, people, passenger, baby
-dog, puppy, pup
+SYNONYMS = """person, man, woman, child, children, people, passenger, baby, grandchild
+car, taxi
+cow, zebu
+broccoli
+dog, puppy, pup, corgi, doberman
 toilet, urinal
 chair, seat, stool
 bus, minibus
@@ -76,6 +79,8 @@ def score(monkeypatch, folder, bench, **files):
         ("women,children/people: couches and TVs.The dog", ["person", "person", "person", "couch", "tv", "dog"]),
         ("a motor bike under traffic lights", ["motorcycle", "traffic light"]),
         ("The dog's bowl is a dog-bowl.", ["dog"]),
+        ("Taxis and zebus, corgis, broccolis; a cross", ["car", "cow", "dog", "broccoli"]),
+        ("grandchildren with dobermen: a child and children, people", ["person", "dog", "person", "person", "person"]),
         ("A nice view.", []),
         ("", []),
     ],
@@ -120,6 +125,13 @@ def test_object_halbench_by_hand(folder, monkeypatch):
     # Words once an answer: dog puppy woman cup | toilet | man hot dog; of these cup and hot dog are wrong.
     assert out["mention_rate"] == 2 / 7
     assert out["chair_s"] == 2 / 5 and out["chair_i"] == 3 / 10 and out["coverage"] == 3 / 5
+
+
+def test_a_plural_in_the_table_is_the_same_word(folder, monkeypatch):
+    cases = [(1, ["person", "skis"], [], "A person, people, a child and children on skis, a ski; a cup.")]
+    # person, child, ski, cup: one of four words is wrong, one of seven mentions.
+    out = score(monkeypatch, folder, "objhal", **chair_files(folder, cases))
+    assert out["mention_rate"] == 1 / 4 and out["chair_i"] == 1 / 7
 
 
 def test_no_mention_in_the_whole_corpus_is_undefined_and_said(folder, monkeypatch, capsys):
@@ -216,6 +228,17 @@ def test_letters_by_the_rule_of_llava(folder, monkeypatch):
     assert out["accuracy"] == sum(texts.values()) / len(texts) and out["/x"] == 1 and out["/y"] == 0
 
 
+def test_yes_and_no_in_a_sentence(folder, monkeypatch):
+    """Our own questions are read as the rewards read them, MME's as MME does."""
+    own = {"image": "0.png", "question": "Q", "kind": "yesno", "answer": "No", "choices": []}
+    files = closed_files(folder, [(own, "There is no dog.", 1), (own, "Maybe.", 0)])
+    out = score(monkeypatch, folder, "closed", **files)
+    assert out["accuracy"] == 1 / 2 and out["unread"] == 1
+    asked = [(yesno("No", "1"), "There is no dog.", 0), (yesno("Yes", "1"), "Yes.", 1)]
+    out = score(monkeypatch, folder, "closed", **closed_files(folder, asked))
+    assert out["accuracy"] == 1 / 2 and out["unread"] == 1 and out["mme"] == 50
+
+
 def test_mme_score_by_hand(folder, monkeypatch):
     cases = [
         (yesno("Yes", "1"), "yes.", 1), (yesno("No", "1"), "No, it is not.", 1),  # both right
@@ -269,6 +292,10 @@ def test_mmhal_by_hand(folder, monkeypatch, capsys):
     assert "gpt-4-0314" in capsys.readouterr().out and out["settings"]["judge"] == "gpt-4-0314"
     args = ("--bench", "mmhal", "--judged", folder / "judged.json")
     assert "--judge is needed" in refused(monkeypatch, capsys, eval, *args)
+    (folder / "other.json").write_text(json.dumps(["rating: 6"] * 96))
+    both = ["--compare", folder / "judged.json", folder / "other.json", "--judge", "x", "--json", folder / "both.json"]
+    assert run_here(monkeypatch, eval, "--bench", "mmhal", *both) == 0
+    assert json.loads((folder / "both.json").read_text())["a_b_difference"]["score"][2][0] == 6 - 7 / 4
     (folder / "judged.json").write_text(json.dumps(answers[:90]))
     assert "holds 90 judge answers" in refused(monkeypatch, capsys, eval, *args, "--judge", "x")
 
@@ -286,6 +313,10 @@ def test_mmhal_by_hand(folder, monkeypatch, capsys):
         ("a", {"id": True, "answer": "x"}, "a.jsonl, line 6: has no 'question_id' or 'id'"),
         ("a", {"id": "1", "answer": "x"}, "a.jsonl, line 6: id '1' was used before"),
         ("a", {"id": 9, "answer": "x"}, "a.jsonl, line 6: id '9' is not asked"),
+        ("a", {"id": 9, "answer": None, "text": "prompt"}, "a.jsonl, line 6: has no 'answer' that is a text"),
+        ("a", {"id": 9, "text": "Is it?", "label": "no"}, "a.jsonl, line 6: is a question"),
+        ("a", {"id": 9, "answer": "a", "response": "b"}, "a.jsonl, line 6: 'answer' and 'response' differ"),
+        ("a", {"question_id": 1.0, "id": 9, "answer": "a"}, "a.jsonl, line 6: has no 'question_id' or 'id'"),
         ("o", {"id": 9, "objects": ["dog"], "captions": []}, "o.jsonl, line 6: id '9' has no answer"),
         ("o", {"id": 9, "objects": ["whale"], "captions": []}, "'whale' is not in"),
         ("o", {"id": 9, "objects": "dog", "captions": []}, "field 'objects' must be a list of texts"),
@@ -314,6 +345,7 @@ def test_mistakes_in_files_of_answers(folder, monkeypatch, capsys, file, line, m
         (["--bench", "pope", "--answers", "a.jsonl"], "--questions is needed: name the file"),
         (["--bench", "chair", "--answers", "a.jsonl", "--objects", "o.jsonl"], "--synonyms is needed"),
         (["--bench", "pope", "--compare", "a.jsonl"], "--compare takes two"),
+        (["--bench", "closed", "--answers", "a.jsonl", "--questions", "mme.jsonl"], "field 'category' must be a text"),
         (["--attention", "x.png"], "--attention needs a file that ends in .png and a --word"),
         (["--bench", "pope", "--answers", "a", "--json", "nowhere/x.json"], "is a folder, or lies in none"),
         (["--bench", "pope", "--answers", "a.jsonl", "--questions", "nowhere.jsonl"], "no such file"),
@@ -323,6 +355,8 @@ def test_mistakes_in_files_of_answers(folder, monkeypatch, capsys, file, line, m
 def test_mistakes_on_the_command_line(folder, monkeypatch, capsys, args, message):
     monkeypatch.chdir(folder)
     lines(folder / "q.jsonl", {"question_id": 1, "image": "a", "text": "Q", "label": "maybe"})
+    mme = {"id": "1", "image": "a", "question": "Q", "kind": "yesno", "answer": "No", "source": "mme"}
+    lines(folder / "mme.jsonl", mme)
     chair_files(folder)
     assert message in refused(monkeypatch, capsys, eval, *args)
 
@@ -464,9 +498,10 @@ def test_attention_is_drawn_before_and_after(world, tmp_path, monkeypatch, capsy
     )
 
 
-def test_two_checkpoints_compared_on_the_toy_world(world, monkeypatch, capsys):
+def test_two_checkpoints_compared_on_the_toy_world(world, tmp_path, monkeypatch, capsys):
     args = ["--compare", world / "base", world / "base", "--base", world / "base", "--data", world, "--split", "val"]
-    assert run_here(monkeypatch, eval, *args) == 0
+    assert run_here(monkeypatch, eval, *args, "--json", tmp_path / "both.json") == 0
+    assert json.loads((tmp_path / "both.json").read_text())["a_b_difference"]["chair_s"][2] == [0.0, [0.0, 0.0]]
     told = capsys.readouterr().out
     assert "B - A" in told and "0.000 [0.000, 0.000]" in told
     row = next(line for line in told.splitlines() if line.startswith("CHAIR_s"))

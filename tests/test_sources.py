@@ -404,6 +404,9 @@ GOOD = {"id": "a", "image": "0.png", "question": QUESTION, "chosen": ANSWERS[0][
         ({**GOOD, "objects": [{"word": "cup", "box": [0, 0, float("nan"), 1]}]}, "'objects' needs"),
         ({**GOOD, "chosen": "half \ud800"}, "half a character"),
         ({k: v for k, v in GOOD.items() if k != "rejected"}, "field 'rejected' is missing"),
+        ({**GOOD, "objects": [{"word": "cup", "box": [0, 0, 10**400, 9]}]}, "'objects' needs"),
+        ({**GOOD, "note": ["\udc80"]}, "field 'note' holds half a character"),
+        ({k: v for k, v in GOOD.items() if k != "rejected"} | {"source": "toy"}, "field 'source' says toy"),
     ],
 )
 def test_mistakes_are_named_with_file_and_line(world, folder, monkeypatch, capsys, line, message):
@@ -422,6 +425,8 @@ def test_mistakes_are_named_with_file_and_line(world, folder, monkeypatch, capsy
     [
         ("x.json", '[{"a": 1}', "the file ends within it"),
         ("x.json", '[{"a": 1} {"a": 2}]', "x.json, item 1: '{\"a\": 2}]' follows"),
+        ("x.json", "[%s] tail", "something follows the list's end"),
+        ("x.json", '[%s, {"id" "b"}]', "x.json, item 2: not JSON"),
         ("x.json", "[]", "no usable records"),
         ("x.jsonl", "", "no usable records"),
         ("x.jsonl", '{"a": 1}', "no known format has the fields a"),
@@ -432,7 +437,9 @@ def test_mistakes_are_named_with_file_and_line(world, folder, monkeypatch, capsy
 def test_files_that_cannot_be_read(world, tmp_path, monkeypatch, capsys, name, content, message):
     if name == "x.parquet":
         pytest.importorskip("pyarrow", reason="reading .parquet needs pyarrow")
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(content, str):
+        content = content.replace("%s", json.dumps({**GOOD, "image": "../data:no image is opened"})).encode()
+    (tmp_path / name).write_bytes(content)
     for what in ("mfpo", "mbpo"):
         args = ("--source", tmp_path / name, "--model", world / "base", "--out", tmp_path / "out.jsonl")
         assert message in refused(monkeypatch, capsys, build_data, what, *args)
@@ -460,6 +467,81 @@ def test_a_list_is_read_whole_at_any_size_of_block(tmp_path):
         path.write_text(text, encoding="utf-8")
         for block in (7, 64, 1 << 20):
             assert [item for _, item in data.read_json_list(path, block)] == items
+
+
+def test_with_skip_bad_the_first_record_may_be_bad(world, folder, monkeypatch, capsys):
+    lines = ["{broken", json.dumps({"nothing": 1}), json.dumps(GOOD)]
+    (folder / "x.jsonl").write_text("\ufeff" + "\n\n".join(lines) + "\n\n", encoding="utf-8")
+    for what in ("mfpo", "mbpo"):
+        args = (what, "--source", folder / "x.jsonl", "--model", world / "base", "--out", folder / "out.jsonl")
+        assert "x.jsonl, line 1: not JSON" in refused(monkeypatch, capsys, build_data, *args)
+    assert build(monkeypatch, world, "mfpo", folder / "x.jsonl", folder / "out.jsonl", "--skip_bad") == 0
+    told = capsys.readouterr().out
+    assert "1 records from" in told and "not JSON 1" in told and "no known format 1" in told
+
+
+def test_what_is_not_ours_is_not_deleted_and_a_mistake_leaves_nothing(world, folder, monkeypatch, capsys):
+    (folder / "built" / "out.parts").mkdir(parents=True)
+    (folder / "built" / "out.parts" / "thesis.txt").write_text("years of work")
+    write(folder / "x.jsonl", [GOOD])
+    args = ("mfpo", "--source", folder / "x.jsonl", "--model", world / "base", "--out", folder / "built" / "out.jsonl")
+    assert "none of our folders" in refused(monkeypatch, capsys, build_data, *args)
+    assert (folder / "built" / "out.parts" / "thesis.txt").read_text() == "years of work"
+    write(folder / "x.jsonl", [GOOD, {**GOOD, "id": "b", "image": "nowhere.png"}])  # the first image is copied before
+    args = (*args[:-1], folder / "other" / "out.jsonl")
+    assert "no such image" in refused(monkeypatch, capsys, build_data, *args)
+    assert not list((folder / "other").iterdir())
+
+
+def test_a_decoder_may_fail_as_it_likes(folder, monkeypatch):
+    for error in (RuntimeError, NotImplementedError, KeyError, MemoryError):
+        monkeypatch.setattr(
+            data.ImageOps, "exif_transpose", lambda image, error=error: (_ for _ in ()).throw(error("x"))
+        )
+        with pytest.raises(data.BadRecord, match="cannot be read as an image"):
+            data.load_image(folder / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("options", "choices"),
+    [
+        ("Options: A: John B. Smith, B: Eve", ["John B. Smith", "Eve"]),
+        ("Options: A: a (B) b, B: c", ["a (B) b", "c"]),
+        ("Choices:\n(A) Options: one\n(B) 15", ["Options: one", "15"]),
+    ],
+)
+def test_options_inside_a_question(options, choices):
+    raw = {"question": f"Which, A. or B.? \n{options}", "answer": "B"}
+    assert sources.mmstar(raw)["choices"] == choices
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ({"question": "Which?", "answer": "A"}, "options unusable"),
+        ({"question": "Which? Options: A: a, B: b", "answer": "AB"}, "options unusable"),
+    ],
+)
+def test_options_that_cannot_be_used(raw, reason):
+    with pytest.raises(data.BadRecord) as error:
+        sources.mmstar(raw)
+    assert error.value.reason == reason
+
+
+def test_empty_answers_images_and_prompts_of_foreign_records():
+    with pytest.raises(data.BadRecord, match="empty but for an end mark"):
+        sources.first_turn({"c": turns("Which?", "</s>")}, "c")
+    record = {"images": None, "image": "0.png", "prompt": "Which?", "chosen": "A", "rejected": "B"}
+    assert sources.trl(record)["image"] == "0.png"
+    both = message("user", "Which?") + message("assistant", "Same.")
+    same = sources.trl({"image": "0.png", "chosen": both, "rejected": both})
+    assert same["question"] == "Which?" and same["chosen"] == same["rejected"] == "Same."  # refused as equal later
+
+
+def test_boxes_of_plural_and_double_words_are_those_of_the_keyword():
+    objects = [{"word": word, "box": [0, 0, 1, 1]} for word in ("cup", "Dining Table", "glass", "tray")]
+    found = build_data.own_regions({"objects": objects}, ["cups", "tables", "glasses"])
+    assert [region["word"] for region in found] == ["cup", "Dining Table", "glass"]
 
 
 def mutated(rng, value):
