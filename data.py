@@ -244,17 +244,17 @@ def check_question(record):
         raise BadRecord(
             "'choices' unusable", f"field 'choices' must be a list of texts, got {str(choices)[:60]}. Mend it"
         )
+    if kind == "choice" and not 2 <= len(choices) <= len(LETTERS):
+        message = f"field 'choices' has {len(choices)} options, letters tell 2 to 26. Mend or delete the record"
+        raise BadRecord("'choices' unusable", message)
     right = {
         "yesno": ("Yes", "No"),
         "choice": LETTERS[: len(choices)],
         "number": (answer,) if answer.isascii() and answer.isdigit() else ("digits",),
         "word": choices or (answer,),
     }[kind]
-    if answer not in tuple(right) or (kind == "choice" and not 2 <= len(choices) <= len(LETTERS)):
-        message = (
-            f"field 'answer' of a {kind} question must be one of {', '.join(right) or 'choices, which are missing'}"
-            f"{f' ({len(choices)} choices; 2 to 26 will do)' if kind == 'choice' else ''}"
-        )
+    if answer not in tuple(right):
+        message = f"field 'answer' of a {kind} question must be one of {', '.join(right)}"
         raise BadRecord("'answer' unusable", f"{message}, got {answer!r}. Mend or delete the record")
 
 

@@ -311,7 +311,7 @@ def test_mistakes_on_the_command_line(monkeypatch, capsys, tmp_path, args, messa
         ({"kind": "essay"}, "no verifier for 'essay'. Use one of yesno, choice, number, word"),
         ({"kind": "yesno", "answer": "maybe"}, "must be one of Yes, No, got 'maybe'"),
         ({"kind": "choice", "answer": "E", "choices": ["a", "b"]}, "must be one of A, B, got 'E'"),
-        ({"kind": "choice", "answer": "A", "choices": []}, "choices, which are missing"),
+        ({"kind": "choice", "answer": "A", "choices": []}, "'choices' has 0 options"),
         ({"kind": "number", "answer": "two"}, "must be one of digits, got 'two'"),
         ({"kind": "word", "answer": "pink", "choices": ["red"]}, "must be one of red, got 'pink'"),
         ({"choices": "red"}, "field 'choices' must be a list of texts"),
