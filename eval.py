@@ -357,7 +357,7 @@ def runs_text(folder):
 def draw_runs(folder, path, keys=("chair_s", "recall", "image_margin", "information_gain"), width=360, height=240):
     """
     Curves over runs whose names begin with a number, as those of runs/noise_sweep.sh: a panel a metric, a dot a seed,
-    a line through the means of each group of names (what follows the number, digits aside), the base in grey.
+    a line through the means of each group of names (what follows the number, digits aside), the base's in grey.
     """
     runs, groups = read_runs(folder), {}
     for name, by_seed in runs.items():
@@ -381,7 +381,8 @@ def draw_runs(folder, path, keys=("chair_s", "recall", "image_margin", "informat
             return left + across * width, top + height - (y - low) / (high - low) * height
 
         pen.rectangle([left, top, left + width, top + height], outline="black")
-        pen.text((left, top - 26), SHORT_OF.get(key, key), fill="black", font_size=16)
+        title = f"{SHORT_OF.get(key, key)} over the number in the runs' names"
+        pen.text((left, top - 26), title, fill="black", font_size=16)
         pen.line([at(min(xs), np.mean(base)), at(max(xs), np.mean(base))], fill="grey", width=2)
         pen.text((left + 6, at(0, np.mean(base))[1] + 3), "base", fill="grey", font_size=13)
         for value in (low, (low + high) / 2, high):
@@ -391,7 +392,8 @@ def draw_runs(folder, path, keys=("chair_s", "recall", "image_margin", "informat
                 pen.text((at(x, low)[0], top + height + 6), f"{x:g}", fill="black", font_size=12, anchor="ma")
         for colour, (label, points) in zip(("blue", "red", "green", "orange"), sorted(groups.items()), strict=False):
             points = sorted((x, [s[key] for s in many if s[key] is not None]) for x, many in points)
-            pen.line([at(x, np.mean(many)) for x, many in points if many], fill=colour, width=2)
+            if len(points) > 2:
+                pen.line([at(x, np.mean(many)) for x, many in points if many], fill=colour, width=2)
             for x, many in points:
                 for value in many:
                     across, down = at(x, value)
