@@ -4,6 +4,7 @@ Raw sources -> preference records.
     python build_data.py toy                                   the built-in world: scenes and a base model
     python build_data.py mfpo --source data/toy/preference.jsonl --model data/toy/base --out data/toy/mfpo.jsonl
     python build_data.py mbpo --source data/toy/preference.jsonl --model data/toy/base --out data/toy/mbpo.jsonl
+    python build_data.py mfpo --source RLHF-V-Dataset.parquet --grounder IDEA-Research/grounding-dino-base ...        photographs
     torchrun --standalone --nproc_per_node=8 build_data.py mbpo ...       the same records, on 8 GPUs
 
 `mfpo` follows MFPO (arXiv:2410.15334): keywords of the chosen answer by a word graph, their regions in the image,
@@ -12,10 +13,12 @@ diffusion noise inside those regions. Each image is distorted once and stored: p
 `mbpo` follows MBPO (arXiv:2506.08022): the records whose answer needs the image most, an attack on the image that
 makes that answer unlikely, and what the model then says, misled by its language prior, as the rejected answer.
 
-reads    a JSONL of {"id", "image", "question", "chosen"}; mfpo also reads "objects": [{"word", "box"}] and "rejected",
-         which in the toy world is made here, from the model's own answers
+reads    any format of sources.py; regions are the records' own boxes, else what --grounder finds (grounding.py). The
+         toy world's rejected answers for MFPO are made here, from the model's own answers
 writes   mfpo: <out>.jsonl (format: data.py) and <out>_distorted/*.png beside it
-         mbpo: <out>.jsonl, <out>_attacked/*.png, <out>_dropped.jsonl and, in the toy world, <out>_closed.jsonl
+         mbpo: <out>.jsonl, <out>_attacked/*.png, <out>_dropped.jsonl and, in the toy world, <out>_closed.jsonl;
+         of a set of closed-ended questions just <out>.jsonl, for train_mbpo.py --questions
+         <out>_images/ for images that did not lie in the folder of <out>; <out>.parts/ until all is done
 """
 
 import functools
