@@ -4,7 +4,7 @@ Raw sources -> preference records.
     python build_data.py toy                                   the built-in world: scenes and a base model
     python build_data.py mfpo --source data/toy/preference.jsonl --model data/toy/base --out data/toy/mfpo.jsonl
     python build_data.py mbpo --source data/toy/preference.jsonl --model data/toy/base --out data/toy/mbpo.jsonl
-    python build_data.py mfpo --source RLHF-V-Dataset.parquet --grounder IDEA-Research/grounding-dino-base ...        photographs
+    python build_data.py mfpo --source RLHF-V-Dataset.parquet --grounder IDEA-Research/grounding-dino-base ...
     torchrun --standalone --nproc_per_node=8 build_data.py mbpo ...       the same records, on 8 GPUs
 
 `mfpo` follows MFPO (arXiv:2410.15334): keywords of the chosen answer by a word graph, their regions in the image,
@@ -410,14 +410,13 @@ def open_parts(parts, config, policy, kind):
 
 def read_source(config, parts, check):
     """The source's usable records -> <parts>/source.jsonl; what is left out is counted by reason and printed."""
-    out, dropped = Path(config.out), Counter()
-
-    copies = out.with_name(f"{out.stem}_images")
+    dropped, copies = Counter(), Path(config.out).with_name(f"{Path(config.out).stem}_images")
     there = copies.exists()
 
     def usable():
         found = source_records(config, check, copies)
-        for where, record in tqdm(found, f"reading {config.source}", leave=False, unit="record", delay=2):
+        total = sources.count(config.source)
+        for where, record in tqdm(found, f"reading {config.source}", total, leave=False, unit="record", delay=2):
             if isinstance(record, data.BadRecord):
                 if not (config.skip_bad or isinstance(record, sources.TextOnly)):
                     raise ValueError(f"{where}: {record}")

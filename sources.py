@@ -293,24 +293,29 @@ def recognise(raw, where):
 # --------------------------------------------------------------------------------------------------- reading
 
 
-def read_parquet(path):
-    """Yield (where, row) of a .parquet file, or of all those in a folder, a few rows at a time."""
+@contextlib.contextmanager
+def parquet(file):
+    """An open .parquet file; ValueError if it cannot be read, or pyarrow is missing."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from None
-    for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
-        try:
-            with pyarrow.parquet.ParquetFile(file) as table:
-                number = 0
-                for batch in table.iter_batches(16):  # rows with images in them: a few MB
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{file}, row {number}", row
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())[:80]
-            raise ValueError(f"{file}: cannot be read as parquet ({reason}). Fetch it again") from None
+        raise ValueError(f"{file}: reading .parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            yield table
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise ValueError(f"{file}: cannot be read as parquet ({reason}). Fetch it again") from None
+
+
+def read_parquet(path):
+    """Yield (where, row) of a .parquet file, or of all those in a folder, a few rows at a time."""
+    for file in files_of(path):
+        with parquet(file) as table:
+            rows = (row for batch in table.iter_batches(16) for row in batch.to_pylist())  # with images: a few MB
+            for number, row in enumerate(rows, 1):
+                yield f"{file}, row {number}", row
 
 
 def read(path):
@@ -322,6 +327,21 @@ def read(path):
         yield from read_parquet(path)
     else:
         yield from data.read_json(path)
+
+
+def count(path):
+    """How many records a source has, for a progress bar; None where only reading it would tell (one JSON list)."""
+    files = files_of(path)
+    if files[0].suffix == ".parquet":
+        rows = 0
+        for file in files:
+            with parquet(file) as table:
+                rows += table.metadata.num_rows
+        return rows
+    with open(files[0], "rb") as file:
+        if file.read(1 << 10).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+            return None
+        return 1 + sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 24), b""))
 
 
 def files_of(path):
