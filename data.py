@@ -94,7 +94,7 @@ def read_json_list(path, block=1 << 20, longest=1 << 26):
             at = SPACE.match(text, at).end()
             where = f"{path}, item {number + 1}"
             if text[at : at + 1] == "]":
-                if (text[at + 1 :] + file.read(block)).strip():
+                if text[at + 1 :].strip() or any(more.strip() for more in iter(lambda: file.read(block), "")):
                     raise ValueError(f"{where}: something follows the list's end. Mend the file")
                 return
             try:

@@ -583,7 +583,7 @@ def save(policy, folder):
             size = sum(p.numel() * dtype.itemsize for shard in shards for _, p in shard)
             text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
             (aside / "model.safetensors.index.json").write_text(text)
-        policy.hf.config.architectures = [type(policy.hf).__name__]  # vLLM and TRL ask which class this is
+        policy.hf.config.architectures = [type(policy.hf).__name__]  # TRL and others ask which class this is
         policy.hf.config.save_pretrained(aside)
         policy.hf.generation_config.save_pretrained(aside)
         policy.processor.save_pretrained(aside)

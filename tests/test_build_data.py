@@ -520,3 +520,47 @@ def test_a_sheet_of_attacks_is_drawn_with_the_invented_words_in_red(mined, tmp_p
     assert not red[:202].any() and red[202:].any()
     grey = sheet[15:190, 2 * 202 + 15 : 2 * 202 + 190]
     assert 100 < grey.mean() < 156 and np.ptp(grey) <= 2 * 4 * 20  # the difference, magnified around grey
+
+
+def test_every_record_and_seed_has_its_own_noise():
+    first = [build_data.seeded(*which).random() for which in ((0, "a"), (0, "b"), (1, "a"))]
+    assert len(set(first)) == 3
+
+
+def test_old_records_never_name_new_images(tmp_path, monkeypatch):
+    out, parts = tmp_path / "x.jsonl", tmp_path / "x.parts"
+    (parts / "distorted").mkdir(parents=True)
+    out.write_text("of the older build")
+    monkeypatch.setattr(runtime, "write_jsonl", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build_data.publish(out, parts, "distorted", [])
+    assert not out.exists()
+
+
+def test_cut_answers_are_not_rejected_ones(world, policy, monkeypatch):
+    records = [record for _, record in data.read_jsonl(world / "val.jsonl")][:3]
+    monkeypatch.setattr(model.Policy, "generate", lambda *args, **more: (["a", "b", "c"], [True, False, True]))
+    assert build_data.own_answers(policy, records, world, 0) == ["a", None, "c"]
+
+
+def test_own_answers_are_sampled(world, policy, monkeypatch):
+    records = [record for _, record in data.read_jsonl(world / "val.jsonl")][:3]
+    assert build_data.own_answers(policy, records, world, 0) != build_data.own_answers(policy, records, world, 1)
+    seen, generate = [], model.Policy.generate
+    monkeypatch.setattr(model.Policy, "generate", lambda *args, **more: seen.append(more) or generate(*args, **more))
+    build_data.own_answers(policy, records, world, 0)
+    assert seen == [{"temperature": 1.0}]
+
+
+@pytest.mark.parametrize("change", [{"t": 1000}, {"seed": -1}])
+def test_sizes_out_of_range(world, change):
+    with pytest.raises(ValueError, match="--t 1000|--seed"):
+        build_data.MfpoConfig(source=str(world / "val.jsonl"), out=str(world / "x.jsonl"), **change)
+
+
+def test_what_is_left_out_is_the_partner():
+    anchor, partner = next(iter(toy.PARTNER.items()))
+    objects = [{"colour": "red", "word": anchor}, {"colour": "blue", "word": partner}]
+    record = {"question": "Describe the picture.", "objects": objects}
+    text, origin = build_data.reject(record, None, np.random.default_rng(0))
+    assert origin == "omitted" and [kind for _, kind in toy.mentions(text)] == [anchor]

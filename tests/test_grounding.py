@@ -341,3 +341,33 @@ def test_grounders_that_cannot_be_used(world, models, tmp_path, monkeypatch, cap
     args = ["mfpo", "--source", source, "--model", world / "base", "--out", tmp_path / "out.jsonl", *flags]
     assert message in refused(monkeypatch, capsys, build_data, *args)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_sam_3_against_a_plain_forward_pass(models):
+    sam3 = transformers.Sam3Model.from_pretrained(models / "sam3").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "sam3")
+    found = grounding.text_to_masks(sam3, tokenizer, IMAGES[:2], [["cup"], ["dog"]], 0.0)
+    for image, word, (regions, masks) in zip(IMAGES[:2], ("cup", "dog"), found, strict=True):
+        pixels = (
+            torch.from_numpy(np.asarray(image.resize((56, 56), Image.Resampling.BILINEAR)) / 127.5 - 1)
+            .float()
+            .permute(2, 0, 1)[None]
+        )
+        text = tokenizer([word], padding="max_length", max_length=32, return_tensors="pt")
+        with torch.no_grad():
+            out = sam3(pixel_values=pixels, input_ids=text.input_ids, attention_mask=text.attention_mask)
+        sure = out.pred_logits[0].sigmoid() * out.presence_logits[0].sigmoid()
+        assert [r["score"] for r in regions] == pytest.approx(sure.tolist(), abs=2e-3)
+        large = torch.nn.functional.interpolate(out.pred_masks.sigmoid(), masks.shape[1:], mode="bilinear")[0] > 0.5
+        assert (masks == large.numpy()).mean() > 0.99
+
+
+def test_boxes_in_a_filled_up_strip_are_cut_at_its_border(models):
+    find = grounding.load(str(models / "dino"), "", CPU)
+    strip = picture(0).resize((400, 10))
+    ((found, _),) = find([strip], [["cat"]], 0.1)
+    ((whole, _),) = find([grounding.squarer(strip)], [["cat"]], 0.1)
+    assert found and [r["box"] for r in found] == [
+        [*r["box"][:3], min(10, r["box"][3])] for r in whole if r["box"][1] < 10
+    ]
+    assert [r["score"] for r in whole] == sorted((r["score"] for r in whole), reverse=True)

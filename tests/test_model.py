@@ -121,7 +121,7 @@ def test_export_is_a_hub_folder_and_reloads_to_the_same_bits(policy, images, tmp
     again = dict(hf.named_parameters())
     assert all(torch.equal(p, again[name]) for name, p in policy.hf.named_parameters())
     config = json.loads((tmp_path / "final" / "config.json").read_text())
-    assert config["architectures"] == ["LlavaForConditionalGeneration"]  # vLLM and TRL ask for it
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]  # TRL and others ask for it
     processor = AutoProcessor.from_pretrained(tmp_path / "final")
     loaded = model.load(tmp_path / "final")
     batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None], policy.pad_id)

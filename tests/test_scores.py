@@ -4,9 +4,11 @@ import copy
 import json
 import math
 import random
+import types
 
 import numpy as np
 import pytest
+import test_eval
 import torch
 from conftest import refused, run_here
 from PIL import Image
@@ -16,6 +18,7 @@ import eval
 import model
 import runtime
 import scores
+import sources
 import toy
 
 SYNONYMS = """person, man, woman, child, children, people, passenger, baby, grandchild
@@ -508,3 +511,123 @@ def test_undefined_values_have_no_interval():
     assert scores.with_interval(np.array([math.nan, 1.0, 2.0])) == (None, None)
     assert scores.with_interval(np.array([1.0, math.nan, math.nan])) == (None, None)
     assert math.isnan(scores.ratio(1, 0)) and math.isnan(scores.harmonic(0, 0)) and scores.ratio(1, 4) == 0.25
+
+
+def test_commas_in_a_number():
+    assert scores.closed_answer("1,200 cups", {"kind": "number", "answer": "1200"}) == "1200"
+
+
+def test_y_or_n_is_neither():
+    assert scores.mme_answer("Y or n") == "other"
+
+
+def test_letters_end_with_the_options():
+    assert scores.letter("D", ["a", "b", "c"]) == ""
+
+
+def test_bow_ties_are_seen_in_2018_too(folder):
+    assert scores.Objects(folder / "s.txt").lost_in_2018("Two bow ties.") == 0
+
+
+def test_a_word_in_two_classes_is_of_the_first(tmp_path):
+    (tmp_path / "s.txt").write_text("car, bus\nbus\n")
+    assert scores.Objects(tmp_path / "s.txt").class_of["bus"] == "car"
+
+
+def test_an_answers_file_may_carry_the_labels():
+    assert scores.said({"answer": "Yes", "label": "no"}) == "Yes"
+
+
+def test_captions_of_one_image_are_one_row(folder, monkeypatch):
+    files = chair_files(folder)
+    asked = [record | {"image": "a.png"} for _, record in data.read_jsonl(files["objects"])]
+    lines(files["objects"], *asked)
+    assert score(monkeypatch, folder, "chair", **files)["images"] == 1
+
+
+def test_labels_of_any_case(folder, monkeypatch):
+    assert (
+        score(monkeypatch, folder, "pope", **pope_files(folder, [("a", "Yes", "Yes", ""), ("a", "No", "No", "")]))[
+            "accuracy"
+        ]
+        == 1
+    )
+
+
+def test_half_of_mme_is_no_score(folder, monkeypatch, capsys):
+    files = closed_files(folder, [(yesno("Yes", "1"), "yes", 1)])
+    args = [part for name, path in files.items() for part in (f"--{name}", path)]
+    assert "has 1 questions, not 2" in refused(monkeypatch, capsys, eval, "--bench", "closed", *args)
+
+
+def test_amber_by_images_and_without_gaps(folder, monkeypatch, capsys):
+    notes = [{"id": n, "type": "relation", "truth": "no"} for n in (1, 2)]
+    queries = [{"id": n, "image": "a.png", "query": "Q"} for n in (1, 2)]
+    for name, value in (("notes", notes), ("q", queries), ("a", [{"id": n, "response": "No"} for n in (1, 2)])):
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    files = {"annotations": folder / "notes.json", "questions": folder / "q.json", "answers": folder / "a.json"}
+    assert score(monkeypatch, folder, "amber", **files)["images"] == 1
+    (folder / "a.json").write_text('[{"id": 1, "response": "No"}]')
+    args = [part for name, path in files.items() for part in (f"--{name}", path)]
+    assert "id '2' has no answer" in refused(monkeypatch, capsys, eval, "--bench", "amber", *args)
+
+
+def test_a_rating_of_three_is_no_hallucination(folder, monkeypatch):
+    (folder / "j.json").write_text(json.dumps(["rating: 3", "rating: 2"] * 48))
+    assert score(monkeypatch, folder, "mmhal", judged=folder / "j.json", judge="x")["hallucination_rate"] == 0.5
+
+
+def test_answers_of_two_settings_are_not_mixed(world, tmp_path, asked, monkeypatch, capsys):
+    args = answer(world, tmp_path, asked, "pope", tmp_path / "a.jsonl")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runtime, "in_parts", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_here(patch, eval, *args)
+    assert "--max_new_tokens 20" in refused(monkeypatch, capsys, eval, *args, "--max_new_tokens", 9)
+    (tmp_path / "q.jsonl").write_text((tmp_path / "q.jsonl").read_text().replace("Is there", "Is here"))
+    assert "another source or model" in refused(monkeypatch, capsys, eval, *args)
+
+
+def test_ambers_descriptions_stay_and_its_answers_are_one_word(world, tmp_path, asked, monkeypatch):
+    monkeypatch.setattr(
+        model.Policy, "generate", lambda p, x, prompts, n: (["There is no dog."] * len(x), [True] * len(x))
+    )
+    assert run_here(monkeypatch, eval, *answer(world, tmp_path, asked, "amber", tmp_path / "a.json")) == 0
+    said = [line["response"] for line in json.loads((tmp_path / "a.json").read_text())]
+    assert said == ["There is no dog."] * 2 + ["No"] * 2
+
+
+def test_the_suffix_is_asked_once(world, tmp_path):
+    image = next(data.read_jsonl(world / "val.jsonl"))[1]["image"]
+    texts = ["Q", f"Q\n{sources.SHORT_PROMPT}"]
+    lines(
+        tmp_path / "q.jsonl",
+        *({"question_id": n, "image": image, "text": t, "label": "no"} for n, t in enumerate(texts)),
+    )
+    config = eval.Config(bench="pope", answers="a", questions=str(tmp_path / "q.jsonl"), images=str(world))
+    assert [item["prompt"] for item in eval.benchmark_items(config)[0]] == [texts[1]] * 2
+
+
+def test_the_difference_is_b_less_a(monkeypatch):
+    captions = {"base": "a red cup and a blue pen", "final": "a red cup and a blue book"}
+    monkeypatch.setattr(model, "load", lambda path, **more: types.SimpleNamespace(eval=lambda: path))
+    monkeypatch.setattr(
+        eval, "measure", lambda path, *_: test_eval.measured([captions[path]] * 2, [[-5, -5, -6, 1.0]] * 2)
+    )
+    told = eval.compare_text(eval.Config(base="base", compare=["base", "final"]), None)
+    assert "-1.000 [-1.000, -1.000]" in next(line for line in told.splitlines() if line.startswith("CHAIR_s"))
+
+
+def test_the_share_in_a_box(tmp_path, policy):
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "2.png")
+    record = {"image": "2.png", "objects": [{"word": "Cup", "box": [0, 0, 64, 32]}]}
+    assert eval.share_in_boxes(np.full((4, 4), 0.01), record, "cup", tmp_path, policy) == pytest.approx(0.5)
+
+
+def test_both_maps_are_on_one_scale(tmp_path, policy):
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "2.png")
+    grid = np.full((4, 4), 0.02)
+    config = types.SimpleNamespace(base="a", model="b", word="cup", attention=tmp_path / "x.png")
+    eval.draw_maps([{"image": "2.png", "chosen": "A cup."}], tmp_path, [[grid], [2 * grid]], config, policy)
+    sheet = np.asarray(Image.open(tmp_path / "x.png")).astype(int)
+    base, final = (sheet[60:160, x : x + 100, 1].mean() for x in (260, 462))
+    assert final < 5 and base > 50  # green: the one is all red, the other half

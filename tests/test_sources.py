@@ -17,6 +17,7 @@ from PIL import Image
 import build_data
 import data
 import eval
+import grounding
 import model
 import runtime
 import sources
@@ -692,3 +693,112 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_file(tmp_path):
     with pytest.raises(OSError, match="No space"):
         runtime.write_jsonl(tmp_path / "x.jsonl", rows())
     assert (tmp_path / "x.jsonl").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_an_end_mark_at_the_end_goes():
+    assert sources.bare_answer("A </s> in between.") == "A </s> in between."
+
+
+def test_system_turns_are_left_out():
+    talk = [{"from": "system", "value": "Be kind."}, *turns("Which?", "A.")]
+    assert sources.first_turn({"c": talk}, "c") == ("Which?", "A.", 0)
+
+
+def test_system_messages_and_second_images():
+    record = {
+        "image": "0.png",
+        "prompt": message("system", "Be kind.") + message("user", "Which?"),
+        "chosen": "A",
+        "rejected": "B",
+    }
+    assert sources.trl(record)["question"] == "Which?"
+    with pytest.raises(data.BadRecord, match="has 2 images"):
+        sources.trl({"images": ["0.png", "1.png"], "prompt": "Which?", "chosen": "A", "rejected": "B"})
+
+
+def test_two_questions_are_no_pair():
+    with pytest.raises(data.BadRecord, match="different questions"):
+        sources.povid({"image": "0.png", "conversations": turns("A?", "a"), "rejected_conversations": turns("B?", "b")})
+
+
+def test_an_empty_hint_is_no_context():
+    raw = {"question": "Which?", "choices": ["a", "b"], "answer": 0, "hint": ""}
+    assert sources.choice(raw, "choices")["question"].startswith("Which?\nA. a")
+
+
+def test_mme_answers_of_any_case():
+    assert sources.mme({"question": "Is it?", "answer": "yes"})["answer"] == "Yes"
+
+
+def test_images_in_place_stay_and_half_copies_are_made_again(folder):
+    copies = folder / "copies"
+    for name in ("0.png", str(folder / "0.png")):
+        assert sources.place_image(name, folder, folder, copies) == "0.png" and not copies.exists()
+    content = encoded(picture(0))
+    path = folder / sources.place_image(content, folder, folder, copies)
+    path.write_bytes(content[:100])  # a build was killed while it wrote
+    sources.place_image(content, folder, folder, copies)
+    assert path.read_bytes() == content
+
+
+def test_a_folder_of_parquet_files_is_read_in_order(tmp_path):
+    for n in (1, 0):
+        write(tmp_path / f"{n}.parquet", [{"n": n}, {"n": n}])
+    assert [row["n"] for _, row in sources.read(tmp_path)] == [0, 0, 1, 1]
+
+
+def test_a_wrong_file_is_not_read_to_its_end(folder):
+    write(folder / "x.jsonl", [{"nothing": n} for n in range(200)])
+    with pytest.raises(ValueError, match="line 100: no known format"):
+        list(sources.records(folder / "x.jsonl", "", folder, folder, None, lambda record: None, skip_bad=True))
+
+
+def test_parts_of_two_sources_are_not_mixed(world, folder, monkeypatch, capsys):
+    source, out = write(folder / "x.jsonl", [GOOD]), folder / "out.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runtime, "in_parts", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        build(patch, world, "mfpo", source, out)
+    write(source, [{**GOOD, "chosen": "Another."}])
+    args = ("mfpo", "--source", source, "--model", world / "base", "--out", out, "--batch", 2)
+    assert "another source or model" in refused(monkeypatch, capsys, build_data, *args)
+
+
+def test_masks_of_the_segmenter_are_what_is_noised(world, folder, monkeypatch):
+    mask = np.zeros((1, 40, 70), bool)
+    mask[0, :, 30:40] = True
+    found = [([{"word": "cup", "box": [0, 0, 70, 40], "score": 1}], mask)]
+    monkeypatch.setattr(grounding, "load", lambda *args: lambda *asked: found)
+    assert (
+        build(monkeypatch, world, "mfpo", write(folder / "x.jsonl", [GOOD]), folder / "out.jsonl", "--grounder", "x")
+        == 0
+    )
+    (record,) = data.read_records(folder / "out.jsonl", data.MFPO_FIELDS)
+    noisy = np.asarray(Image.open(folder / record["image_rejected"]))
+    changed = (noisy != np.asarray(model.to_square(picture(0), 64, pad=False))).any(-1)
+    assert record["region_kind"] == "key" and 0.2 < changed.mean() < 0.35  # 16 of 64 columns, not the box
+
+
+def test_a_region_that_is_cropped_away_gives_global_noise(world, folder, monkeypatch):
+    source = write(folder / "x.jsonl", [{**GOOD, "objects": [{"word": "cup", "box": [0, 0, 9, 40]}]}])
+    assert build(monkeypatch, world, "mfpo", source, folder / "out.jsonl") == 0
+    (record,) = data.read_records(folder / "out.jsonl", data.MFPO_FIELDS)
+    assert record["region_kind"] == "global" and record["regions"] == []
+
+
+def test_top_keywords(world, folder, monkeypatch):
+    assert build(monkeypatch, world, "mfpo", write(folder / "x.jsonl", [GOOD]), folder / "out.jsonl", "--top", 1) == 0
+    assert len(data.read_records(folder / "out.jsonl", data.MFPO_FIELDS)[0]["keywords"]) == 1
+
+
+def test_a_very_long_side_is_refused():
+    with pytest.raises(data.BadRecord, match="14001 x 1000 is longer"):
+        data.check_shape("x", 14_001, 1000)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("[1]" + " " * 70_000 + "x", "something follows"), ('["' + "a" * (1 << 18), "Mend the file$")]
+)
+def test_a_list_with_a_tail_or_a_broken_text(tmp_path, text, message):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(data.read_json_list(tmp_path / "x.json", 1 << 16, 1 << 16))
