@@ -618,10 +618,10 @@ def word_in(policy, record, word):
     return len(data.chosen_row({**record, "chosen": before}, *settings).answers[0]) - 1, row  # without the end
 
 
-def draw_attention(config, place, count=5):
+def draw_attention(config, place, count=100, drawn=5):
     """
     A sheet of the first records whose chosen answer has --word: the image, and where the base and the trained model
-    look when they are about to say it. Both are shown on one scale, the brightest patch of the row being white.
+    look when they are about to say it. Returns means over up to `count` records, as text.
     """
     path = Path(config.questions or f"{config.data}/{config.split}.jsonl")
     folder = Path(config.images or path.parent)
@@ -642,7 +642,7 @@ def draw_attention(config, place, count=5):
                 found.append(policy("attention", pixels, row, at))
         maps.append(found)
     grids = [[grid for grid, _ in found] for found in maps]
-    draw_maps(records, folder, grids, config, policy)
+    draw_maps(records[:drawn], folder, grids, config, policy)
     shares = {name: [grid.sum() for grid in found] for name, found in zip(("base", "final"), grids, strict=True)}
     lines = [f"attention when about to say {config.word!r}, mean over layers, heads and {len(records)} records"]
     for name, found in zip(("base", "final"), maps, strict=True):
