@@ -1,7 +1,6 @@
 """The contest of bench.py: what is timed is the same work."""
 
 import pytest
-import torch
 
 import bench
 
