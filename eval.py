@@ -32,6 +32,7 @@ import json
 import math
 import re
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -501,18 +502,26 @@ def benchmark_items(config):
         found = {str(n): (where, {**item, "image": Path(item["image_src"]).name}) for n, (where, item) in lines}
     file = config.objects if config.bench in ("chair", "objhal") else config.questions
     folder = Path(config.images or Path(file).parent)
-    items = []
+    items, dropped = [], Counter()
     for key, (where, item) in found.items():
-        if not isinstance(item.get("image"), str):
-            raise ValueError(f"{where}: field 'image' is missing. To answer, a model needs each item's image. Add it")
         try:
+            if not isinstance(item.get("image"), str):
+                message = "field 'image' is missing. To answer, a model needs each item's image. Add it"
+                raise data.BadRecord("'image' missing", message)
             if not data.image_path(folder, item["image"]).is_file():
                 raise data.BadRecord("image missing", f"no image {folder / item['image']}. Name its folder as --images")
         except data.BadRecord as error:
-            raise ValueError(f"{where}: {error}") from None
+            if not config.skip_bad:
+                raise ValueError(f"{where}: {error}") from None
+            dropped[error.reason] += 1
+            continue
         asked = item.get("question", field) if config.bench in ("chair", "objhal") else item[field]
         add = "" if item.get("type") == "generative" or asked.endswith(suffix) else suffix
         items.append({**item, "id": item.get("question_id", item.get("id", key)), "prompt": asked + add})
+    for reason, count in dropped.items():
+        print(f"{file}: {count} not answered: {reason}")
+    if not items:
+        raise ValueError(f"{file}: no item has its image in {folder}. Name the images' folder as --images")
     return items, folder
 
 

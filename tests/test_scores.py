@@ -459,6 +459,15 @@ def test_a_missing_image_is_told_before_the_model_is_loaded(world, folder, asked
     args = answer(world, folder, asked, "pope", folder / "a.jsonl")
     told = refused(monkeypatch, capsys, eval, *args, "--model", "nowhere")
     assert "q.jsonl, line 1: no image" in told and "--images" in told
+    assert "no item has its image" in refused(monkeypatch, capsys, eval, *args, "--skip_bad")
+    scene = next(data.read_jsonl(world / "val.jsonl"))[1]["image"]
+    files = [
+        {"question_id": n, "image": image, "text": "Q", "label": "no"} for n, image in enumerate(["none.png", scene])
+    ]
+    lines(folder / "q.jsonl", *files)
+    assert run_here(monkeypatch, eval, *args, "--skip_bad") == 0  # of the one that is there
+    told = capsys.readouterr().out
+    assert "1 not answered: image missing" in told and "1 left out: questions without an answer" in told
 
 
 # --------------------------------------------------------------------------------------------------- attention
