@@ -14,6 +14,7 @@ Parameters are counted on the model itself, built without memory. The rest are f
 allocator slack, NCCL buffers and kernels' workspace come on top (plan for a tenth more).
 """
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -531,10 +532,8 @@ class World:
 
 def has_trl():
     try:
-        import trl
-
-        return trl.__version__
-    except ImportError:
+        return importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
         return ""
 
 

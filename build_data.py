@@ -771,7 +771,7 @@ def pixels_in(flag, text):
 
 def mean_logp(policy, rows, pixels):
     """The chosen answer's log-probability given the image, nats per token, (B,); see image_gain."""
-    batch = data.pack(rows, pixels, policy.pad_id).to(pixels.device)
+    batch = data.pack(rows, pixels).to(pixels.device)
     return policy("logps", batch).sum(1) / batch.answer_mask.sum(1)
 
 
@@ -783,9 +783,9 @@ def image_gain(policy, rows, pixels):
     rows      B of data.Row with the chosen answer;   pixels  (B, 3, H, W) in [0, 1]
     returns   (B,) nats per token
     """
-    batch = data.pack(rows, pixels, policy.pad_id).to(pixels.device)
+    batch = data.pack(rows, pixels).to(pixels.device)
     # The paper does not say what the image is compared with: the mean colour is 0 after normalisation.
-    blank = data.pack(rows, policy.mean.expand_as(pixels), policy.pad_id).to(pixels.device)
+    blank = data.pack(rows, policy.mean.expand_as(pixels)).to(pixels.device)
     return losses.information_gain(policy("logps", batch), policy("logps", blank), batch.answer_mask)
 
 

@@ -434,15 +434,18 @@ def encode_records(rows_of, records, path, tokenizer, template, image_tokens, ma
 
 @dataclass
 class Batch:
-    """R packed rows with A answers of N tokens together, T in the longest; padded to L."""
+    """
+    R packed rows, the longest of L tokens, with A answers of M tokens together, T in the longest. The N tokens of all
+    rows lie behind each other without padding, for nothing but attention has to know where a row ends.
+    """
 
     pixels: torch.Tensor  # (R, 3, H, W) float32 in [0, 1]
-    ids: torch.Tensor  # (R, L)
-    position: torch.Tensor  # (R, L) restarts after the prefix for each answer
+    ids: torch.Tensor  # (N,)
+    position: torch.Tensor  # (N,) restarts after the prefix for each answer
+    place: torch.Tensor  # (N,) where each token stands among the R * L places of padded rows
     mask: torch.Tensor  # (R, 1, L, L) bool, True where a token may look
-    row: torch.Tensor  # (N,) the row and the column that predict each answer token, and the token
-    column: torch.Tensor  # (N,)
-    target: torch.Tensor  # (N,)
+    before: torch.Tensor  # (M,) which of the N tokens predicts each answer token, and the token
+    target: torch.Tensor  # (M,)
     answer_mask: torch.Tensor  # (A, T) bool, True at answer tokens; answers in the order of the rows
     ids_of: list  # record id of each row, for messages
 
@@ -450,26 +453,25 @@ class Batch:
         return Batch(*(v.to(device, non_blocking=True) if torch.is_tensor(v) else v for v in vars(self).values()))
 
 
-def pack(rows, pixels, pad_id):
+def pack(rows, pixels):
     """Pack `rows` (list of Row) with their images, `pixels` (R, 3, H, W), into one Batch."""
     length = max(len(r.prefix) + sum(map(len, r.answers)) for r in rows)
-    ids = np.full((len(rows), length), pad_id)
-    position = np.zeros_like(ids)
-    segment = np.full_like(ids, -1)  # -1 padding, 0 prefix, k the k-th answer
-    row_of, column, target, sizes = [], [], [], []
+    segment = np.full((len(rows), length), -1)  # -1 padding, 0 prefix, k the k-th answer
+    ids, position, before, target, sizes = [], [], [], [], []
     for r, row in enumerate(rows):
-        start = len(row.prefix)
-        ids[r, :start], position[r, :start], segment[r, :start] = row.prefix, np.arange(start), 0
-        end = start
+        start, first = len(row.prefix), len(ids)
+        ids += row.prefix
+        position += range(start)
+        segment[r, :start] = 0
+        last = len(ids) - 1  # the prefix's last token predicts the first of each answer
         for k, answer in enumerate(row.answers, 1):
-            span = slice(end, end + len(answer))
-            ids[r, span], segment[r, span] = answer, k
-            position[r, span] = np.arange(start, start + len(answer))
-            row_of += [r] * len(answer)
-            column += [start - 1, *range(end, end + len(answer) - 1)]  # the prefix's last token predicts the first
+            end = len(ids) - first
+            segment[r, end : end + len(answer)] = k
+            before += [last, *range(len(ids), len(ids) + len(answer) - 1)]
+            ids += answer
+            position += range(start, start + len(answer))
             target += answer
             sizes.append(len(answer))
-            end += len(answer)
     segment = torch.from_numpy(segment)
     # A token sees earlier tokens of the prefix and of its own segment. Padding sees the prefix too, so that no row
     # of the mask is empty: softmax over nothing is nan.
@@ -478,11 +480,11 @@ def pack(rows, pixels, pad_id):
     sizes = torch.tensor(sizes)
     return Batch(
         pixels,
-        torch.from_numpy(ids),
-        torch.from_numpy(position),
+        torch.tensor(ids),
+        torch.tensor(position),
+        (segment >= 0).flatten().nonzero()[:, 0],
         (allowed & causal)[:, None],
-        torch.tensor(row_of),
-        torch.tensor(column),
+        torch.tensor(before),
         torch.tensor(target),
         torch.arange(int(sizes.max()))[None] < sizes[:, None],
         [row.id for row in rows],

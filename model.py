@@ -31,7 +31,17 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoProcessor, DynamicCache, GenerationConfig, LlavaForConditionalGeneration
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoProcessor,
+    DynamicCache,
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
@@ -66,6 +76,31 @@ def check_convention(name):
         raise ValueError(f"--convention {name!r}: use one of {', '.join(CONVENTIONS)}, or leave it out")
 
 
+def packed_attention(module, query, key, value, attention_mask, place=None, **kwargs):
+    """
+    Transformers' attention for tokens that lie behind each other without padding (data.Batch): each row's are put side
+    by side, and what comes out is put back. All other layers work on the tokens that there are, and no others.
+
+    query, key, value   (1, heads, N, D);   attention_mask  (R, 1, L, L);   returns  (1, N, heads, D) and None
+    place               (N,) among the R * L places of padded rows; None: nothing is packed
+    """
+    if place is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    rows, length = attention_mask.shape[0], attention_mask.shape[-1]
+
+    def spread(x):  # (1, heads, N, D) -> (R, heads, L, D)
+        x = x[0].transpose(0, 1)  # (N, heads, D)
+        x = x.new_zeros(rows * length, *x.shape[1:]).index_copy(0, place, x)
+        return x.view(rows, length, *x.shape[1:]).transpose(1, 2)
+
+    out, _ = sdpa_attention_forward(module, spread(query), spread(key), spread(value), attention_mask, **kwargs)
+    return out.flatten(0, 1).index_select(0, place)[None], None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)
+
+
 class Policy(nn.Module):
     """A LLaVA and its processor. `hf` is the transformers model, so nothing about it is hidden or renamed."""
 
@@ -79,6 +114,7 @@ class Policy(nn.Module):
         self.image_size = vision.image_size
         self.image_tokens = (vision.image_size // vision.patch_size) ** 2
         self.image_id = hf.config.image_token_id
+        hf.model.language_model.set_attn_implementation("packed")
         self.pad_id = self.tokenizer.pad_token_id
         for name in ("mean", "std"):  # per channel, applied to pixels in [0, 1]
             value = torch.tensor(getattr(images, f"image_{name}"), dtype=torch.float32).view(3, 1, 1)
@@ -106,7 +142,7 @@ class Policy(nn.Module):
         return hidden[self.hf.config.vision_feature_layer][:, 1:]
 
     def embed(self, ids, vision):
-        """(R, L) token ids and (R, P, D) patch features -> (R, L, E) input embeddings of the language model."""
+        """(..., L) token ids with R images and (R, P, D) patch features -> (..., L, E) input embeddings."""
         embeds = self.hf.get_input_embeddings()(ids)
         patches = self.hf.model.multi_modal_projector(vision).to(embeds.dtype)  # (R, P, E)
         return embeds.masked_scatter((ids == self.image_id)[..., None], patches)
@@ -125,12 +161,13 @@ class Policy(nn.Module):
         """
         vision = self.vision(batch.pixels) if vision is None else vision
         hidden = self.hf.model.language_model(
-            inputs_embeds=self.embed(batch.ids, vision),
-            position_ids=batch.position,
+            inputs_embeds=self.embed(batch.ids, vision)[None],
+            position_ids=batch.position[None],
             attention_mask=batch.mask,
+            place=batch.place,
             use_cache=False,
-        ).last_hidden_state  # (R, L, E)
-        logits = self.hf.lm_head(hidden[batch.row, batch.column]).float()  # (N, V)
+        ).last_hidden_state[0]  # (N, E)
+        logits = self.hf.lm_head(hidden[batch.before]).float()  # (M, V)
 
         def padded(flat):
             return flat.new_zeros(batch.answer_mask.shape).masked_scatter(batch.answer_mask, flat)  # (A, T)
@@ -199,7 +236,8 @@ class Policy(nn.Module):
     @torch.no_grad()
     def sample(self, pixels, prompts, uniform):
         """
-        G answers to each of N questions at temperature 1: a prompt is prefilled once, then its cache repeated G times.
+        G answers to each of N questions at temperature 1. They grow side by side behind their prompt, in one row, as
+        training has them (data.pack): a prompt is read once, and its keys and values are kept and looked at once.
 
         pixels    (N, 3, H, W) in [0, 1];   prompts  N lists of token ids (data.encode_prompt)
         uniform   (N, G, T) float64 in [0, 1): the numbers that pick the tokens. They come from the caller, so that an
@@ -209,37 +247,37 @@ class Policy(nn.Module):
         """
         group, limit = uniform.shape[1:]
         assert uniform.dtype == torch.float64 and uniform.max() < 1, uniform.dtype
-        uniform, eos = uniform.flatten(0, 1).to(pixels.device), self.tokenizer.eos_token_id
+        uniform, eos = uniform.to(pixels.device), self.tokenizer.eos_token_id
         ids, mask = self.left_padded(prompts)
         position = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.hf.config.text_config)
 
-        def read(embeds):  # -> (rows, E): the state that predicts the next token
-            out = self.hf.model.language_model(
+        def read(embeds):  # -> (N, columns, E): the states that predict the next tokens
+            return self.hf.model.language_model(
                 inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-            )
-            return out.last_hidden_state[:, -1]
+            ).last_hidden_state
 
-        hidden = read(self.embed(ids, self.vision(pixels))).repeat_interleave(group, 0)  # (N * G, E)
-        cache.batch_repeat_interleave(group)
-        mask, position = mask.repeat_interleave(group, 0), position[:, -1:].repeat_interleave(group, 0)
+        hidden = read(self.embed(ids, self.vision(pixels)))[:, -1:].expand(-1, group, -1)  # (N, G, E)
+        position = position[:, -1:].expand(-1, group)
+        mask = mask[:, None, None].expand(-1, 1, group, -1)  # (N, 1, G, P): all answers see the prompt
+        itself = torch.eye(group, dtype=torch.bool, device=pixels.device).expand(len(ids), 1, -1, -1)
         tokens, logps = [], []
-        ended = torch.zeros(len(hidden), dtype=torch.bool, device=pixels.device)
+        ended = torch.zeros(len(ids), group, dtype=torch.bool, device=pixels.device)
         for t in range(limit):
-            logits = self.hf.lm_head(hidden).double()  # (N * G, V)
+            logits = self.hf.lm_head(hidden).double()  # (N, G, V)
             logp = logits.float().log_softmax(-1)
-            logits[:, self.unsayable] = -torch.inf
-            reached = logits.softmax(-1).cumsum(1)
-            token = torch.searchsorted(reached, uniform[:, t : t + 1] * reached[:, -1:], right=True)
-            token = token.clamp(max=logp.shape[1] - 1)  # (N * G, 1)
+            logits[..., self.unsayable] = -torch.inf
+            reached = logits.softmax(-1).cumsum(-1)
+            token = torch.searchsorted(reached, uniform[..., t : t + 1] * reached[..., -1:], right=True)
+            token = token.clamp(max=logp.shape[-1] - 1)  # (N, G, 1)
             tokens.append(token)
-            logps.append(logp.gather(1, token))
-            ended |= token[:, 0] == eos
+            logps.append(logp.gather(-1, token))
+            ended |= token[..., 0] == eos
             if t + 1 == limit or ended.all():
                 break
-            mask, position = F.pad(mask, (0, 1), value=True), position + 1
-            hidden = read(self.hf.get_input_embeddings()(token))
-        tokens, logps = torch.cat(tokens, 1).tolist(), torch.cat(logps, 1).tolist()
+            mask, position = torch.cat([mask, itself], -1), position + 1  # of what answers say, each sees its own
+            hidden = read(self.hf.get_input_embeddings()(token[..., 0]))
+        tokens, logps = torch.cat(tokens, -1).flatten(0, 1).tolist(), torch.cat(logps, -1).flatten(0, 1).tolist()
         lengths = [answer.index(eos) + 1 if eos in answer else len(answer) for answer in tokens]
         return [a[:n] for a, n in zip(tokens, lengths, strict=True)], [
             a[:n] for a, n in zip(logps, lengths, strict=True)
@@ -287,7 +325,7 @@ def pair_batch(policy, records, rows, folder, with_distorted=True):
     """
     sides = ("image", "image_rejected") if with_distorted else ("image",)
     pixels = load_pixels(policy, folder, [record[side] for record in records for side in sides])  # (2B or B, 3, H, W)
-    return pack([row for pair in rows for row in pair[: len(sides)]], pixels, policy.pad_id).to(policy.mean.device)
+    return pack([row for pair in rows for row in pair[: len(sides)]], pixels).to(policy.mean.device)
 
 
 def without_warnings(make):

@@ -380,7 +380,7 @@ def warm_up(seed, vision_steps=250, stages=STAGES, images=6000):
                     turns.append(turn(*asked))
             rows.append(Row(opening, [ids for ids, _ in turns]))
             lengths += [length for _, length in turns]
-        batch = pack(rows, None, policy.pad_id)
+        batch = pack(rows, None)
         question_length = batch.answer_mask.sum(1) - torch.tensor(lengths)
         counted = batch.answer_mask & (torch.arange(batch.answer_mask.shape[1]) >= question_length[:, None])
         return -(policy.logps(batch, features[picked]) * counted).sum() / counted.sum()

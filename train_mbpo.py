@@ -128,7 +128,7 @@ def reference_pass(policy, records, rows, folder, name, batch):
             for i in tqdm(range(0, len(mine), batch), "reference", leave=False, disable=runtime.rank() > 0):
                 pick = mine[i : i + batch]
                 pixels = model.load_pixels(policy, folder, [records[j]["image"] for j in pick])
-                packed = data.pack([rows[j] for j in pick], pixels, policy.pad_id).to(policy.mean.device)
+                packed = data.pack([rows[j] for j in pick], pixels).to(policy.mean.device)
                 answers = listed(policy("logps", packed), packed.answer_mask)
                 found += [answers[k : k + 2] for k in range(0, len(answers), 2)]
         lines = [{"id": r["id"], "logp": v} for r, v in zip(records, runtime.gather(found), strict=True)]
@@ -157,7 +157,7 @@ def uniforms(seed, step, question, group, tokens):
 
 def pack_groups(groups, policy):
     """One row a group: its image and question, then all its answers."""
-    return data.pack([g.row for g in groups], torch.stack([g.pixels for g in groups]), policy.pad_id).to(
+    return data.pack([g.row for g in groups], torch.stack([g.pixels for g in groups])).to(
         policy.mean.device
     )
 

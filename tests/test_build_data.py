@@ -272,7 +272,7 @@ def test_gain_is_what_separate_forwards_say(policy, attacked):
     gain, logp = build_data.image_gain(policy, rows, pixels), build_data.mean_logp(policy, rows, pixels)
     grey = policy.mean.expand(1, 3, 64, 64)
     with torch.no_grad():
-        alone = [policy.logps(data.pack(rows[1:2], p, policy.pad_id)).sum().item() for p in (pixels[1:2], grey)]
+        alone = [policy.logps(data.pack(rows[1:2], p)).sum().item() for p in (pixels[1:2], grey)]
     count = len(rows[1].answers[0])
     assert gain[1].item() == pytest.approx((alone[0] - alone[1]) / count, abs=1e-5)
     assert logp[1].item() == pytest.approx(alone[0] / count, abs=1e-5)

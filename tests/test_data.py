@@ -133,11 +133,11 @@ def test_answers_are_never_cut():
 
 def test_packing_by_hand():
     rows = [data.Row([5, 6], [[7, 1], [8, 9, 1]]), data.Row([5], [[4, 1]])]
-    batch = data.pack(rows, None, pad_id=0)
-    assert batch.ids.tolist() == [[5, 6, 7, 1, 8, 9, 1], [5, 4, 1, 0, 0, 0, 0]]
-    assert batch.position.tolist()[0] == [0, 1, 2, 3, 2, 3, 4]  # both answers start behind the prefix
-    assert batch.row.tolist() == [0, 0, 0, 0, 0, 1, 1]
-    assert batch.column.tolist() == [1, 2, 1, 4, 5, 0, 1]  # the prefix's last token predicts each first token
+    batch = data.pack(rows, None)
+    assert batch.ids.tolist() == [5, 6, 7, 1, 8, 9, 1, 5, 4, 1]
+    assert batch.position.tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1, 2]  # both answers start behind the prefix
+    assert batch.place.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]  # rows of 7 places, the second with 3 tokens
+    assert batch.before.tolist() == [1, 2, 1, 4, 5, 7, 8]  # the prefix's last token predicts each first token
     assert batch.target.tolist() == [7, 1, 8, 9, 1, 4, 1]
     assert batch.answer_mask.tolist() == [[True, True, False], [True, True, True], [True, True, False]]
     see = batch.mask[0, 0].int().tolist()

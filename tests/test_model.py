@@ -50,7 +50,7 @@ def test_packed_logps_equal_separate_forwards(policy, images):
     # Rows of unequal length and number of answers, so that there is padding and masking to get wrong.
     asked = [(QUESTION, ANSWERS), ("What do you see?", ANSWERS[::-1]), ("Is there a cup in the picture?", ["Yes"])]
     pixels = torch.stack([model.to_pixels(image, 64) for image in images])
-    batch = data.pack([rows_of(policy, q, a) for q, a in asked], pixels, policy.pad_id)
+    batch = data.pack([rows_of(policy, q, a) for q, a in asked], pixels)
     with torch.no_grad():
         logp = policy.logps(batch).sum(1).tolist()
     expected = [
@@ -63,7 +63,7 @@ def test_packed_logps_equal_separate_forwards(policy, images):
 
 def test_entropy_and_logp_from_first_principles(policy, images):
     row = rows_of(policy, QUESTION, ANSWERS[:1])
-    batch = data.pack([row], model.to_pixels(images[0], 64)[None], policy.pad_id)
+    batch = data.pack([row], model.to_pixels(images[0], 64)[None])
     with torch.no_grad():
         token_logp, entropy = policy.logps(batch, entropy=True)
         ids = torch.tensor([row.prefix + row.answers[0]])
@@ -77,21 +77,21 @@ def test_entropy_and_logp_from_first_principles(policy, images):
 def test_answers_do_not_see_each_other(policy, images):
     pixels = model.to_pixels(images[0], 64)[None]
     with torch.no_grad():
-        both = policy.logps(data.pack([rows_of(policy, QUESTION, ANSWERS)], pixels, policy.pad_id)).sum(1)
-        other = policy.logps(data.pack([rows_of(policy, QUESTION, ["Yes", ANSWERS[1]])], pixels, policy.pad_id)).sum(1)
+        both = policy.logps(data.pack([rows_of(policy, QUESTION, ANSWERS)], pixels)).sum(1)
+        other = policy.logps(data.pack([rows_of(policy, QUESTION, ["Yes", ANSWERS[1]])], pixels)).sum(1)
     assert both[1].item() == pytest.approx(other[1].item(), abs=1e-5)
 
 
 def test_known_features_give_the_same_as_pixels(policy, images):
     pixels = model.to_pixels(images[0], 64)[None]
-    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], pixels, policy.pad_id)
+    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], pixels)
     with torch.no_grad():
         assert torch.equal(policy.logps(batch), policy.logps(batch, vision=policy.vision(pixels)))
 
 
 def test_gradients_reach_what_is_trained_and_only_that(images):
     policy = toy.build_policy(1)
-    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None], policy.pad_id)
+    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None])
     policy.logps(batch).sum().backward()
     for name, parameter in policy.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -124,7 +124,7 @@ def test_export_is_a_hub_folder_and_reloads_to_the_same_bits(policy, images, tmp
     assert config["architectures"] == ["LlavaForConditionalGeneration"]  # TRL and others ask for it
     processor = AutoProcessor.from_pretrained(tmp_path / "final")
     loaded = model.load(tmp_path / "final")
-    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None], policy.pad_id)
+    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None])
     with torch.no_grad():
         assert torch.equal(loaded.logps(batch), policy.logps(batch))
         expected = plain_logp(hf, processor, images[0], QUESTION, ANSWERS[0])
@@ -282,7 +282,7 @@ def test_tokens_beyond_the_tokenizer_are_never_said(policy, tmp_path):
 def test_adapters_start_as_nothing_and_merge_into_the_weights(policy, tmp_path, images):
     model.save(policy, tmp_path / "m")
     plain, tuned = model.load(tmp_path / "m").eval(), model.load(tmp_path / "m", lora_rank=4).eval()
-    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None], policy.pad_id)
+    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None])
     with torch.no_grad():
         before = plain.logps(batch)
         assert torch.equal(tuned.logps(batch), before)
@@ -312,7 +312,7 @@ def test_only_adapters_are_trained_and_both_get_gradients(policy, tmp_path, imag
         if isinstance(m, torch.nn.Linear) and "vision" not in n and n != "lm_head"
     ]
     assert trained == {f"hf.{name}.lora_{x}" for name in linear for x in "ab"}
-    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None], policy.pad_id)
+    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None])
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if name.endswith("lora_b"):
@@ -342,7 +342,7 @@ def test_sampled_logps_equal_those_of_the_training_pass(policy, images):
     uniform[0, 0, 2] = 0.0  # token 0, and answers that end early, by what the random weights give
     answers, logps = policy.sample(pixels, prompts, uniform)
     rows = [data.Row(prompt, answers[k * group : (k + 1) * group]) for k, prompt in enumerate(prompts)]
-    batch = data.pack(rows, pixels, policy.pad_id)
+    batch = data.pack(rows, pixels)
     with torch.no_grad():
         again = policy.logps(batch)
     assert len(answers) == 9 and [len(a) for a in answers] == batch.answer_mask.sum(1).tolist()
@@ -422,7 +422,7 @@ def place_in_half(policy):
 def test_one_gpus_way_of_computing_works(policy, images, tmp_path):
     """Autocast and weights in bfloat16 where they are not trained, as on one GPU, here on the CPU."""
     model.save(policy, tmp_path / "m")
-    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None], policy.pad_id)
+    batch = data.pack([rows_of(policy, QUESTION, ANSWERS)], model.to_pixels(images[0], 64)[None])
     with torch.no_grad():
         exact = policy.logps(batch).sum(1)
     for settings in ({"lora_rank": 4}, {"trained": False}, {}):
@@ -441,7 +441,7 @@ def test_one_gpus_way_of_computing_works(policy, images, tmp_path):
             assert all(p.grad is not None for p in other.parameters() if p.requires_grad)
         else:  # an attack
             pixels = pixels.requires_grad_()
-            row = data.pack([rows_of(policy, QUESTION, ANSWERS[:1])], pixels, policy.pad_id)
+            row = data.pack([rows_of(policy, QUESTION, ANSWERS[:1])], pixels)
             (gradient,) = torch.autograd.grad(other("logps", row).sum(), pixels)
             assert gradient.dtype == torch.float32 and gradient.abs().max() > 0
 

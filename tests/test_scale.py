@@ -181,7 +181,7 @@ def test_recomputing_runs_the_layers_again(policy):
     other.hf.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
     runtime.shard(other, torch.device("cpu"), recompute=True)
     row = data.Row(data.encode_prompt(other.tokenizer, "What do you see?", other.template, 16), [[7, 8]])
-    logp = other.logps(data.pack([row], torch.rand(1, 3, 64, 64), other.pad_id))
+    logp = other.logps(data.pack([row], torch.rand(1, 3, 64, 64)))
     assert len(calls) == 1
     logp.sum().backward()
     assert len(calls) == 2

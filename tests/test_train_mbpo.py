@@ -198,7 +198,7 @@ def test_one_step_by_hand(mined, tmp_path, monkeypatch):
     for group in (pair, question):
         advantages = [0.9999, -0.9999] if group is pair else group.advantages.tolist()
         for answer, advantage in zip(group.row.answers, advantages, strict=True):
-            batch = data.pack([data.Row(group.row.prefix, [answer])], group.pixels[None], policy.pad_id)
+            batch = data.pack([data.Row(group.row.prefix, [answer])], group.pixels[None])
             logp = policy.logps(batch)[0]
             # The ratio's gradient where it is 1 is that of logp; the KL's is 0 where policy and reference are one.
             loss = loss - advantage * logp.mean() / len(advantages) / 2
