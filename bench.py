@@ -385,8 +385,10 @@ class OursGrpo:
     def step(self, pick, number=0):
         began = time.perf_counter()
         with torch.no_grad():
+            images = [self.world.records[i]["image"] for i in pick]
+            pixels = model.load_pixels(self.policy, self.world.folder, images).to(self.policy.mean.device)
             groups, _ = train_mbpo.rollout(
-                self.policy, self.ref, self.world.records, self.rows, pick, self.settings, number, self.world.folder
+                self.policy, self.ref, self.world.records, self.rows, pick, pixels, self.settings, number
             )
         for group in groups:  # rewards by rule are all alike for a random model: others, so that there is a gradient
             group.advantages = losses.group_advantages(

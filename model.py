@@ -67,6 +67,7 @@ CONVENTIONS = {
     "hub": Convention("USER: <image>\n{question} ASSISTANT:", pad=False),
 }
 PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, as LLaVA-1.5 pads with
+DECODED_BYTES = 2_000_000_000  # of images that a process keeps: 5,900 of 336 x 336 pixels
 SHARD_BYTES = 4_500_000_000  # one exported file, and the most that export holds in host memory
 
 
@@ -108,6 +109,7 @@ class Policy(nn.Module):
         super().__init__()
         self.hf, self.processor, self.tokenizer = hf, processor, processor.tokenizer
         self.convention, self.template, self.pad = convention, *vars(CONVENTIONS[convention]).values()
+        self.decoded = None  # images that load_pixels keeps
         self.files = []  # the weights on disk, where they came from
         self.autocast = False  # one GPU holds whole weights and computes in bfloat16; FSDP sees to that itself
         vision, images = hf.config.vision_config, processor.image_processor
@@ -310,10 +312,23 @@ def to_pixels(image, size, pad=False):
 
 
 def load_pixels(policy, folder, names):
-    """The images `names` of a data folder as the policy's vision tower takes them: (R, 3, H, W) float32 in [0, 1]."""
-    return torch.stack(
-        [to_pixels(load_image(image_path(folder, name)), policy.image_size, policy.pad) for name in names]
-    )
+    """
+    The images `names` of a data folder as the policy's vision tower takes them: (R, 3, H, W) float32 in [0, 1].
+
+    Where `policy.decoded` is a dict (the trainers') images are kept in it once they are decoded, as long as they fit.
+    """
+    kept = policy.decoded if policy.decoded is not None else {}
+    found = []
+    for name in names:
+        image = kept.get((folder, name))
+        if image is None:
+            image = np.array(
+                to_square(load_image(image_path(folder, name)), policy.image_size, policy.pad)
+            )  # (H, W, 3)
+            if len(kept) * image.nbytes < DECODED_BYTES:
+                kept[folder, name] = image
+        found.append(image)
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float() / 255
 
 
 def pair_batch(policy, records, rows, folder, with_distorted=True):

@@ -16,6 +16,8 @@ import signal
 import sys
 import time
 import traceback
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -384,7 +386,7 @@ def adamw(policy, weight_decay):
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, fused=trained[0].device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 def clip_gradients(policy, limit):
@@ -556,6 +558,47 @@ def resumed_config(config_class, config, argv):
     if not fits or any(not isinstance(stored[n], (kind, int) if kind is float else kind) for n, kind in knobs.items()):
         raise ValueError(f"{path}: is not the config of this script. Resume with the script that wrote it")
     return config_class(**{**stored, "out": config.resume, "resume": config.resume})
+
+
+def ahead(make, items, device, workers=4):
+    """
+    make(item) of each item, in order, made by `workers` threads some items ahead: images are decoded while a GPU
+    computes. What make raises is raised here, at its item's turn. On a CPU there are no threads: they would only take
+    time from the computation (measured: a step of the built-in world took 1.2 to 1.5 times as long).
+    """
+    if device.type == "cpu":
+        yield from map(make, items)
+        return
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Clock:
+    """Where the time goes: each call ends a part, clock("optimizer"), and adds to it what has passed since the last."""
+
+    def __init__(self):
+        self.last, self.spent = time.perf_counter(), {}
+
+    def __call__(self, part):
+        """On a GPU call it behind something that waits for it, or the time goes to a later part. Returns seconds."""
+        now = time.perf_counter()
+        passed, self.last = now - self.last, now
+        self.spent[part] = self.spent.get(part, 0.0) + passed
+        return passed
+
+    def summary(self):
+        """'12.0 s: forward and backward 95.0 %, optimizer 3.0 %, ...', the largest first."""
+        total = sum(self.spent.values())
+        parts = sorted(self.spent.items(), key=lambda part: -part[1])
+        return f"{total:.1f} s: " + ", ".join(f"{part} {100 * spent / total:.1f} %" for part, spent in parts)
 
 
 class Log:

@@ -15,7 +15,6 @@ import functools
 import json
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,10 +124,15 @@ def reference_pass(policy, records, rows, folder, name, batch):
     if not runtime.first_alone(path.is_file):
         mine, found = runtime.my_share(range(len(records))), []
         with torch.no_grad(), runtime.summoned(policy):
-            for i in tqdm(range(0, len(mine), batch), "reference", leave=False, disable=runtime.rank() > 0):
-                pick = mine[i : i + batch]
-                pixels = model.load_pixels(policy, folder, [records[j]["image"] for j in pick])
-                packed = data.pack([rows[j] for j in pick], pixels).to(policy.mean.device)
+            picks = [mine[i : i + batch] for i in range(0, len(mine), batch)]
+            images = runtime.ahead(
+                lambda pick: model.load_pixels(policy, folder, [records[i]["image"] for i in pick]),
+                picks,
+                policy.mean.device,
+            )
+            bar = tqdm(picks, "reference", leave=False, disable=runtime.rank() > 0)
+            for pick, pixels in zip(bar, images, strict=True):
+                packed = data.pack([rows[i] for i in pick], pixels).to(policy.mean.device)
                 answers = listed(policy("logps", packed), packed.answer_mask)
                 found += [answers[k : k + 2] for k in range(0, len(answers), 2)]
         lines = [{"id": r["id"], "logp": v} for r, v in zip(records, runtime.gather(found), strict=True)]
@@ -157,15 +161,14 @@ def uniforms(seed, step, question, group, tokens):
 
 def pack_groups(groups, policy):
     """One row a group: its image and question, then all its answers."""
-    return data.pack([g.row for g in groups], torch.stack([g.pixels for g in groups])).to(
-        policy.mean.device
-    )
+    return data.pack([g.row for g in groups], torch.stack([g.pixels for g in groups])).to(policy.mean.device)
 
 
-def rollout(policy, ref, questions, rows, picked, config, step, folder):
+def rollout(policy, ref, questions, rows, picked, pixels, config, step):
     """
     Let the policy answer the questions `picked` (indices), reward the answers by rule and score them under `ref`.
 
+    pixels   (N, 3, H, W) in [0, 1], their images
     returns  a Group for each, and sums over the answers for the log
     """
     per_pass = runtime.per_pass(config.groups_per_step, config.groups_per_gpu, "groups")
@@ -173,9 +176,10 @@ def rollout(policy, ref, questions, rows, picked, config, step, folder):
     with runtime.summoned(policy):
         for i in range(0, len(picked), per_pass):
             pick = picked[i : i + per_pass]
-            pixels = model.load_pixels(policy, folder, [questions[j]["image"] for j in pick]).to(policy.mean.device)
             draws = torch.stack([uniforms(config.seed, step, j, config.group, config.max_new_tokens) for j in pick])
-            answers, said_logp = policy("sample", pixels, [rows[j].prefix for j in pick], draws)  # N * G each
+            answers, said_logp = policy(
+                "sample", pixels[i : i + per_pass], [rows[j].prefix for j in pick], draws
+            )  # N * G each
             for k, j in enumerate(pick):
                 mine = slice(k * config.group, (k + 1) * config.group)
                 texts = policy.texts(answers[mine])
@@ -187,7 +191,7 @@ def rollout(policy, ref, questions, rows, picked, config, step, folder):
                 ]
                 rewards = correct + config.format_reward * torch.tensor(form)  # (G,)
                 row = data.Row(rows[j].prefix, answers[mine], rows[j].id)
-                groups.append(Group(row, pixels[k], group_advantages(rewards[None])[0], None, said_logp[mine]))
+                groups.append(Group(row, pixels[i + k], group_advantages(rewards[None])[0], None, said_logp[mine]))
                 sums["reward"] += rewards.sum().item()
                 sums["correct"] += correct.sum().item()
                 sums["format"] += sum(form)
@@ -255,6 +259,7 @@ def main():
     questions = read_questions() if questions is None else questions
     place = functools.partial(runtime.shard, device=device, recompute=config.recompute)
     policy = model.load(base, config.train_vision, config.convention, True, config.lora_rank, place).train()
+    policy.decoded = {}
     encoding = (policy.tokenizer, policy.template, policy.image_tokens, config.max_length, config.skip_bad)
     records, rows, question_rows = [], [], []
     if offline:
@@ -298,35 +303,42 @@ def main():
         say(f"resumed from {found[-1] if found else 'the beginning: no checkpoint was complete'}")
     log = runtime.Log(run, config.steps, first_step, config.log_every)
 
+    def shares(step):  # the pairs and the questions of this process in a step
+        pairs = [("pair", int(i)) for i in pair_order[step * offline : (step + 1) * offline]]
+        asked = [("question", int(i)) for i in question_order[step * online : (step + 1) * online]]
+        mine = runtime.my_share(pairs + asked)
+        return [[i for kind, i in mine if kind == which] for which in ("pair", "question")]
+
+    def images(step):  # of both, on the device, (N, 3, H, W)
+        sides = zip(shares(step), (records, questions), (folder, questions_path.parent), strict=True)
+        found = [model.load_pixels(policy, at, [items[i]["image"] for i in mine]) for mine, items, at in sides if mine]
+        return torch.cat(found).to(device)
+
+    ahead = runtime.ahead(images, range(first_step, config.steps), device)
+
     # ================================================================== the loop
     runtime.heed_sigterm(True)
-    for step in range(first_step, config.steps):
-        began = time.perf_counter()
+    clock = runtime.Clock()
+    for step, pixels in enumerate(ahead, first_step):
+        waited_s = clock("waiting for images")
         lr = runtime.cosine(step, config.steps, config.learning_rate, config.warmup_steps, floor=0.1)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
 
         # ------------------------------------------------ rollout: pairs as they are, answers to questions
-        pairs = pair_order[step * offline : (step + 1) * offline]
-        asked = question_order[step * online : (step + 1) * online]
-        mine = runtime.my_share([("pair", i) for i in pairs] + [("question", i) for i in asked])
-        my_pairs = [int(i) for kind, i in mine if kind == "pair"]
-        groups, sums = [], {}
-        if my_pairs:
-            pixels = model.load_pixels(policy, folder, [records[i]["image"] for i in my_pairs]).to(device)
-            # The paper's fixed rewards: 2 for the chosen answer, 0 for the mined one, so advantages of +1 and -1.
-            advantages = group_advantages(torch.tensor([[2.0, 0.0]]))[0]
-            groups = [Group(rows[i], pixels[k], advantages, ref_logp[i], None) for k, i in enumerate(my_pairs)]
+        pairs, asked = shares(step)
+        # The paper's fixed rewards: 2 for the chosen answer, 0 for the mined one, so advantages of +1 and -1.
+        advantages, sums = group_advantages(torch.tensor([[2.0, 0.0]]))[0], {}
+        groups = [Group(rows[i], pixels[k], advantages, ref_logp[i], None) for k, i in enumerate(pairs)]
         if online:
-            my_questions = [int(i) for kind, i in mine if kind == "question"]
-            new, sums = rollout(
-                policy, ref, questions, question_rows, my_questions, config, step, questions_path.parent
-            )
+            new, sums = rollout(policy, ref, questions, question_rows, asked, pixels[len(pairs) :], config, step)
             groups += new
-        sampled_at, tokens = time.perf_counter(), sum(len(answer) for g in groups for answer in g.row.answers)
+        tokens = sum(len(answer) for g in groups for answer in g.row.answers)
+        sample_s = clock("sampling and scoring") if online else 0.0
 
         # ------------------------------------------------ update: GRPO on all groups
         totals, gap, gnorms, old_logps = 0, torch.zeros((), device=device), [], []
+        update_s = 0.0
         for update in range(config.updates_per_rollout):
             for micro in range(len(groups) // per_pass):
                 some = groups[micro * per_pass : (micro + 1) * per_pass]
@@ -355,15 +367,20 @@ def main():
                     said = padded([answer for g in some for answer in g.said_logp or []], mask[sampled])
                     gap = torch.maximum(gap, (now[sampled] - said).abs().max())
                 totals += torch.stack([loss.detach(), clipped, kl, *torch.stack(of_pairs).sum(0)])
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # the clock's parts; clipping waits for the gradients anyway
+            update_s += clock("forward and backward")
             gnorms.append(runtime.clip_gradients(policy, config.clip_norm))
             if not math.isfinite(gnorms[-1]):  # the norm is over all ranks, so all of them stop
-                ids = [records[i]["id"] for i in pairs] + [questions[i]["id"] for i in asked]
+                ids = [records[i]["id"] for i in pair_order[step * offline :][:offline]]
+                ids += [questions[i]["id"] for i in question_order[step * online :][:online]]
                 raise ValueError(
                     f"step {step + 1}: gradient norm {gnorms[-1]}: stopped before the update. Groups of this step: "
                     f"{', '.join(ids)}. Lower --learning_rate, or look at these"
                 )
             optimizer.step()
             optimizer.zero_grad()
+            update_s += clock("optimizer")
         # Sums first, one division last: the log shows the whole batch, not the last part of the first rank.
         totals = torch.cat([totals / config.updates_per_rollout, torch.tensor([tokens, *sums.values()], device=device)])
         dist.all_reduce(totals)
@@ -381,10 +398,9 @@ def main():
             assert abs(values["loss"]) < exact or config.updates_per_rollout > 1, f"first loss {values['loss']}"
             assert device.type != "cpu" or gap < exact, f"sampler and update differ by {gap} nats on the same answers"
             say(f"first loss {values['loss']:.4f}, as it must be; sampler and update agree to {gap:.1e} nats")
-        ended = time.perf_counter()
-        values |= {"gnorm": sum(gnorms) / len(gnorms), "lr": lr, "time_s": ended - began}
-        values |= {"sample_s": sampled_at - began, "update_s": ended - sampled_at}
-        values["tokens_per_s"] = totals[5] / (ended - began)
+        update_s += clock("optimizer")
+        values |= {"gnorm": sum(gnorms) / len(gnorms), "lr": lr, "time_s": waited_s + sample_s + update_s}
+        values |= {"sample_s": sample_s, "update_s": update_s, "tokens_per_s": totals[5] / values["time_s"]}
         log(step + 1, line_of(values), **values)
         stop = runtime.stopping()
         if stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
@@ -392,7 +408,9 @@ def main():
         if stop:
             say(f"stopped by SIGTERM after step {step + 1}, which is saved. Continue with --resume {run}")
             return
+        clock("log and checkpoints")
     runtime.heed_sigterm(False)
+    say(f"the loop took {clock.summary()}")
     # ==================================================================
 
     policy.eval()

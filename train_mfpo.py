@@ -14,7 +14,6 @@ import functools
 import json
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,9 +122,15 @@ def reference_pass(policy, records, rows, data_path, name, batch):
     if not runtime.first_alone(path.is_file):
         mine, found = runtime.my_share(range(len(records))), []
         with torch.no_grad(), runtime.summoned(policy):
-            for i in tqdm(range(0, len(mine), batch), "reference", leave=False, disable=runtime.rank() > 0):
-                pick = mine[i : i + batch]
-                packed = model.pair_batch(policy, [records[j] for j in pick], [rows[j] for j in pick], data_path.parent)
+            picks = [mine[i : i + batch] for i in range(0, len(mine), batch)]
+            batches = runtime.ahead(
+                lambda pick: model.pair_batch(
+                    policy, [records[i] for i in pick], [rows[i] for i in pick], data_path.parent
+                ),
+                picks,
+                policy.mean.device,
+            )
+            for packed in tqdm(batches, "reference", len(picks), leave=False, disable=runtime.rank() > 0):
                 token_logp, token_entropy = policy("logps", packed, entropy=True)  # (3B, T)
                 logp = token_logp.sum(1).view(-1, 3)  # (B, 3)
                 # H of MFPO's curriculum. DEVIATION: the paper does not say over what; ours is the mean over the
@@ -176,6 +181,7 @@ def main():
     records = data.read_records(data_path, data.MFPO_FIELDS, config.skip_bad)
     place = functools.partial(runtime.shard, device=device, recompute=config.recompute)
     policy = model.load(base, config.train_vision, config.convention, True, config.lora_rank, place).train()
+    policy.decoded = {}
     records, rows = data.encode_records(
         data.mfpo_rows,
         records,
@@ -218,22 +224,29 @@ def main():
         say(f"resumed from {found[-1] if found else 'the beginning: no checkpoint was complete'}")
     log = runtime.Log(run, steps, first_step, config.log_every)
 
+    def passes(step):  # the records of this process in a step, those of each forward pass
+        mine = runtime.my_share(order[step * config.pairs_per_step : (step + 1) * config.pairs_per_step])
+        return [mine[start : start + per_pass] for start in range(0, len(mine), per_pass)]
+
+    def packed_batch(pick):
+        picked = [records[i] for i in pick], [rows[i] for i in pick]
+        return model.pair_batch(policy, *picked, folder, config.image_weight > 0)
+
+    picks = (pick for step in range(first_step, steps) for pick in passes(step))
+    batches = runtime.ahead(packed_batch, picks, device)
+
     # ================================================================== the loop
     runtime.heed_sigterm(True)
+    clock = runtime.Clock()
     for step in range(first_step, steps):
-        began = time.perf_counter()
         # DEVIATION: the paper does not say how its stages are scheduled; ours share one warm-up and one cosine.
         lr = runtime.cosine(step, steps, config.learning_rate, config.warmup_steps, floor=0.1)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        picked = order[step * config.pairs_per_step : (step + 1) * config.pairs_per_step]
-        mine = runtime.my_share(picked)
-        totals = 0
-        for start in range(0, len(mine), per_pass):
-            pick = mine[start : start + per_pass]
-            packed = model.pair_batch(
-                policy, [records[i] for i in pick], [rows[i] for i in pick], folder, config.image_weight > 0
-            )
+        totals, seconds = 0, 0.0
+        for pick in passes(step):
+            packed = next(batches)
+            seconds += clock("waiting for images")
             logp = policy("logps", packed).sum(1).view(len(pick), -1)  # (B, 3): y_w | m, y_l | m, y_w | m'
             ref = ref_logp[pick].to(device)  # (B, 3), the same
             text, text_margin = dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], config.beta)
@@ -249,12 +262,14 @@ def main():
             # The mean over the pairs of the whole step: FSDP averages over the ranks, so each multiplies by them.
             (loss.sum() * runtime.world() / config.pairs_per_step).backward()
             totals += torch.stack([part.detach().float().sum() for part in parts.values()])
+            seconds += clock("forward and backward")
         # Sums first, one division last: the log shows the whole batch, not the last part of the first rank.
         dist.all_reduce(totals)
-        values = dict(zip(parts, (totals / config.pairs_per_step).tolist(), strict=True))
+        values = dict(zip(parts, (totals / config.pairs_per_step).tolist(), strict=True))  # waits for a GPU
+        seconds += clock("forward and backward")
         values["gnorm"] = runtime.clip_gradients(policy, config.clip_norm)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gnorm"])):
-            ids = [records[i]["id"] for i in picked]
+            ids = [records[i]["id"] for i in order[step * config.pairs_per_step :][: config.pairs_per_step]]
             raise ValueError(
                 f"step {step + 1}: loss {values['loss']}, gradient norm {values['gnorm']}: stopped before the update. "
                 f"Records of this step: {', '.join(ids)}. Lower --learning_rate, or look at these records"
@@ -272,7 +287,8 @@ def main():
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        values |= {"lr": lr, "time_s": time.perf_counter() - began}
+        seconds += clock("optimizer")
+        values |= {"lr": lr, "time_s": seconds}
         values["pairs_per_s"] = config.pairs_per_step / values["time_s"]
         log(step + 1, line_of(values), **values)
         stop = runtime.stopping()
@@ -281,7 +297,9 @@ def main():
         if stop:
             say(f"stopped by SIGTERM after step {step + 1}, which is saved. Continue with --resume {run}")
             return
+        clock("log and checkpoints")
     runtime.heed_sigterm(False)
+    say(f"the loop took {clock.summary()}")
     # ==================================================================
 
     policy.eval()

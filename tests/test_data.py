@@ -132,15 +132,15 @@ def test_answers_are_never_cut():
 
 
 def test_packing_by_hand():
-    rows = [data.Row([5, 6], [[7, 1], [8, 9, 1]]), data.Row([5], [[4, 1]])]
+    rows = [data.Row([5], [[4, 1]]), data.Row([5, 6], [[7, 1], [8, 9, 1]])]
     batch = data.pack(rows, None)
-    assert batch.ids.tolist() == [5, 6, 7, 1, 8, 9, 1, 5, 4, 1]
-    assert batch.position.tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1, 2]  # both answers start behind the prefix
-    assert batch.place.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]  # rows of 7 places, the second with 3 tokens
-    assert batch.before.tolist() == [1, 2, 1, 4, 5, 7, 8]  # the prefix's last token predicts each first token
-    assert batch.target.tolist() == [7, 1, 8, 9, 1, 4, 1]
-    assert batch.answer_mask.tolist() == [[True, True, False], [True, True, True], [True, True, False]]
-    see = batch.mask[0, 0].int().tolist()
+    assert batch.ids.tolist() == [5, 4, 1, 5, 6, 7, 1, 8, 9, 1]
+    assert batch.position.tolist() == [0, 1, 2, 0, 1, 2, 3, 2, 3, 4]  # both answers start behind the prefix
+    assert batch.place.tolist() == [0, 1, 2, 7, 8, 9, 10, 11, 12, 13]  # rows of 7 places, the first with 3 tokens
+    assert batch.before.tolist() == [0, 1, 4, 5, 4, 7, 8]  # the prefix's last token predicts each first token
+    assert batch.target.tolist() == [4, 1, 7, 1, 8, 9, 1]
+    assert batch.answer_mask.tolist() == [[True, True, False], [True, True, False], [True, True, True]]
+    see = batch.mask[1, 0].int().tolist()
     assert see[3] == [1, 1, 1, 1, 0, 0, 0]  # the first answer: prefix and itself
     assert see[5] == [1, 1, 0, 0, 1, 1, 0]  # the second answer: not the first
     assert batch.mask.any(-1).all()  # softmax over an empty row is nan

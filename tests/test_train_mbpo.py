@@ -126,10 +126,8 @@ def test_a_pair_moves_apart_and_a_right_answer_becomes_likelier(mined, tmp_path,
 QUESTION = {"id": "q", "image": "x.png", "question": "Is there a cup in the picture?", "kind": "yesno", "answer": "Yes"}
 
 
-def test_rewards_of_a_rollout_by_hand(policy, monkeypatch, tmp_path):
+def test_rewards_of_a_rollout_by_hand(policy, monkeypatch):
     config = train_mbpo.Config(group=4, max_new_tokens=3, format_reward=0.5, groups_per_gpu=1)
-    image = torch.zeros(3, 64, 64)
-    monkeypatch.setattr(model, "load_pixels", lambda policy, folder, names: torch.stack([image] * len(names)))
     yes, no, cup, eos = policy.tokenizer.convert_tokens_to_ids(["Yes", "No", "cup", "</s>"])
     said = [[yes, eos], [no, eos], [yes, cup, eos], [yes, cup, cup]]  # right; wrong; right, out of form; cut off
 
@@ -140,7 +138,7 @@ def test_rewards_of_a_rollout_by_hand(policy, monkeypatch, tmp_path):
     monkeypatch.setattr(policy, "sample", sample)
     settings = (policy.tokenizer, policy.template, policy.image_tokens, 999)
     rows = [data.question_row(QUESTION, *settings)]
-    (group,), sums = train_mbpo.rollout(policy, policy, [QUESTION], rows, [0], config, 0, tmp_path)
+    (group,), sums = train_mbpo.rollout(policy, policy, [QUESTION], rows, [0], torch.zeros(1, 3, 64, 64), config, 0)
     rewards = [1.5, 0.5, 1.0, 1.0]
     mean, n = sum(rewards) / 4, 4
     std = (sum((r - mean) ** 2 for r in rewards) / n) ** 0.5
@@ -148,23 +146,22 @@ def test_rewards_of_a_rollout_by_hand(policy, monkeypatch, tmp_path):
     assert sums == {"reward": 4.0, "correct": 3.0, "format": 2.0, "unparsed": 0.0, "length": 10, "equal": 0.0}
     assert group.row.answers == said and [len(logp) for logp in group.ref_logp] == [2, 2, 3, 3]
     said[3] = [yes, yes, yes]  # as asked, were it not cut off
-    (group,), sums = train_mbpo.rollout(policy, policy, [QUESTION], rows, [0], config, 0, tmp_path)
+    (group,), sums = train_mbpo.rollout(policy, policy, [QUESTION], rows, [0], torch.zeros(1, 3, 64, 64), config, 0)
     assert sums["format"] == 2.0
     said[3] = [yes]
-    (group,), sums = train_mbpo.rollout(policy, policy, [QUESTION], rows, [0], config, 0, tmp_path)
+    (group,), sums = train_mbpo.rollout(policy, policy, [QUESTION], rows, [0], torch.zeros(1, 3, 64, 64), config, 0)
     assert sums["format"] == 2.0 and sums["correct"] == 3.0
     said[:] = [[cup, eos]] * 4  # rubbish is worth nothing and is counted
-    (group,), sums = train_mbpo.rollout(policy, policy, [QUESTION], rows, [0], config, 0, tmp_path)
+    (group,), sums = train_mbpo.rollout(policy, policy, [QUESTION], rows, [0], torch.zeros(1, 3, 64, 64), config, 0)
     assert group.advantages.tolist() == [0.0] * 4
     assert sums["unparsed"] == 4 and sums["equal"] == 4 and sums["reward"] == 0
 
 
-def test_samples_are_scored_under_the_reference(policy, monkeypatch, tmp_path):
+def test_samples_are_scored_under_the_reference(policy):
     config = train_mbpo.Config(group=2, max_new_tokens=3, groups_per_gpu=1)
-    monkeypatch.setattr(model, "load_pixels", lambda policy, folder, names: torch.zeros(len(names), 3, 64, 64))
     other = toy.build_policy(seed=1).eval()
     rows = [data.question_row(QUESTION, policy.tokenizer, policy.template, policy.image_tokens, 999)]
-    (group,), _ = train_mbpo.rollout(policy, other, [QUESTION], rows, [0], config, 0, tmp_path)
+    (group,), _ = train_mbpo.rollout(policy, other, [QUESTION], rows, [0], torch.zeros(1, 3, 64, 64), config, 0)
     packed = train_mbpo.pack_groups([group], other)
     with torch.no_grad():
         under = {name: who.logps(packed) for name, who in (("ref", other), ("said", policy))}
@@ -257,17 +254,16 @@ def test_adapters_are_trained_and_merged(mined, tmp_path, monkeypatch, script, s
     assert torch.equal(before.hf.lm_head.weight, after.hf.lm_head.weight)
 
 
-def test_the_reference_of_adapters_is_the_model_without_them(policy, monkeypatch, tmp_path):
+def test_the_reference_of_adapters_is_the_model_without_them(policy, tmp_path):
     model.save(policy, tmp_path / "m")
     config = train_mbpo.Config(group=2, max_new_tokens=3)
-    monkeypatch.setattr(model, "load_pixels", lambda policy, folder, names: torch.zeros(len(names), 3, 64, 64))
     tuned = model.load(tmp_path / "m", lora_rank=2)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if name.endswith("lora_b"):
                 parameter.normal_()
     rows = [data.question_row(QUESTION, tuned.tokenizer, tuned.template, tuned.image_tokens, 999)]
-    (group,), _ = train_mbpo.rollout(tuned, tuned, [QUESTION], rows, [0], config, 0, tmp_path)
+    (group,), _ = train_mbpo.rollout(tuned, tuned, [QUESTION], rows, [0], torch.zeros(1, 3, 64, 64), config, 0)
     packed = train_mbpo.pack_groups([group], policy)
     with torch.no_grad():
         plain = policy.logps(packed)
