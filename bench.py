@@ -6,9 +6,11 @@ What a run will need, computed before anything is rented; and how fast our steps
     python bench.py --plan --model 7b --gpus 1 --lora_rank 64
     python bench.py --speed                               our steps beside plain code and TRL (pip install trl)
     python bench.py --speed --tokens 576 --batch 2 --questions 2
+    python bench.py --step --model 7b --lora_rank 64      an MFPO step of that size, random weights; also under torchrun
 
 --plan   memory of one GPU in GB, part by part, FLOPs a record and records a second, for both methods
 --speed  seconds a step, how many times as long the others take (median of ratios in one turn, quartiles), peak memory
+--step   seconds, records and tokens a second, utilisation of the device's own matrix rate, peak memory beside the plan
 
 Parameters are counted on the model itself, built without memory. The rest are formulas, each written where it is used;
 allocator slack, NCCL buffers and kernels' workspace come on top (plan for a tenth more).
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -46,11 +49,13 @@ GB = 1e9
 class Config:
     plan: bool = knob(False, "print the plan")
     speed: bool = knob(False, "time our steps beside plain code and, if it is installed, TRL, on a tiny LLaVA")
+    step: bool = knob(False, "time the MFPO step of --model on this machine, with random weights and records")
+    profile: bool = knob(False, "step: also print which operations take the time")
     tokens: int = knob(16, "speed: image tokens, 16 (64 pixels) or 576 (336 pixels, as LLaVA-1.5)")
     batch: int = knob(8, "speed: pairs a step")
     words: int = knob(40, "speed: longest answer of a pair; the shortest has half")
     questions: int = knob(4, "speed: questions of a GRPO step")
-    repeats: int = knob(7, "speed: turns that count")
+    repeats: int = knob(7, "speed, step: turns that count")
     memory: bool = knob(True, "speed: also measure peak memory, each contender in a process of its own")
     only: str = knob("", "speed: contest/contender, of which the memory is printed (bench.py calls itself so)")
     json: str = knob("", "speed: also write the numbers here")
@@ -519,6 +524,15 @@ class World:
                 found.append(reference("logps", packed).sum(1).view(-1, 3).cpu())
         self.ref_logp = torch.cat(found)
 
+    def answer_tokens(self, contest):
+        """Mean answer tokens of one of our steps, by which all contenders' tokens a second are counted."""
+        config = self.config
+        if contest in ("GRPO step", "sampling"):
+            return config.questions * config.group * config.sampled
+        answers = {"text-only DPO step": 2, "MFPO step": 3}.get(contest, 1)
+        lengths = [sum(map(len, (row.answers + row.answers[:1])[:answers])) for row, _ in self.rows]
+        return config.batch * float(np.mean(lengths))
+
     def policy(self):
         return tiny(self.config.tokens).to(self.device).train()
 
@@ -584,7 +598,7 @@ def race(world, makers, batch, repeats):
 
 
 def peak_memory(config, contest, name):
-    """MB that three steps of one contender need on top of what it holds before, in a process of its own."""
+    """MB that a step of one contender needs beyond weights and optimizer state, in a process of its own."""
     flags = [
         "--speed",
         "--tokens",
@@ -604,14 +618,16 @@ def peak_memory(config, contest, name):
 
 
 def memory_of_one(world, contest, name, batch):
+    """Print the MB that steps need at most beyond what is held between steps; the first loads code and kernels."""
     contender = contests(world.config)[contest][name](world)
+    contender.step(list(range(batch)))
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
         before = resident("VmRSS")
-    for _ in range(3):
+    for _ in range(2):
         contender.step(list(range(batch)))
     print(((torch.cuda.max_memory_allocated() if world.device.type == "cuda" else resident("VmHWM")) - before) / 1e6)
 
@@ -620,6 +636,90 @@ def resident(name):
     """Bytes of this process that Linux tells as VmRSS (now) or VmHWM (the most so far)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def matrix_rate(device):
+    """FLOPs a second that this device reaches in plain matrix products, bfloat16 on a GPU, else float32."""
+    size, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, seconds = torch.randn(size, size, device=device, dtype=kind), []
+    for _ in range(10):
+        began = synchronized(device)
+        a @ a
+        seconds.append(synchronized(device) - began)
+    return 2 * size**3 / min(seconds)
+
+
+def flops_of(work, *args):
+    """FLOPs of work(*args) as torch counts them: matrix products and convolutions, and attention on a GPU only."""
+    with FlopCounterMode(display=False) as counter:
+        work(*args)
+    return counter.get_total_flops()
+
+
+def random_policy(config, device):
+    """A LLaVA of --model's architecture with random weights, placed as the trainers place theirs."""
+    architecture, processor = llava(config.model), toy.build_processor()
+    with torch.device("meta"):
+        hf = LlavaForConditionalGeneration(architecture).float()
+    if config.lora_rank:
+        model.add_lora(hf, config.lora_rank)
+    policy = model.Policy(hf, processor, train_vision=False, convention="hub")
+    runtime.shard(policy, device, config.recompute)
+    if any(p.is_meta for p in policy.parameters()):
+        policy.to_empty(device=device)
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            p.normal_(0, 0.02) if p.ndim > 1 else p.fill_(float(name.endswith("weight")))  # norms 1, biases 0
+    model.fill_anew(policy)
+    return policy.train()
+
+
+def full_step(config):
+    """Time the MFPO step of a real size; its rows are as long as the plan's."""
+    device = runtime.start()
+    policy, rng = random_policy(config, device), np.random.default_rng(runtime.rank())
+    optimizer, vocabulary = adamw(policy), len(policy.tokenizer)
+
+    def words(count):  # token ids of no special meaning
+        return rng.integers(vocabulary // 2, vocabulary, count).tolist()
+
+    rows = []
+    for _ in range(config.per_gpu):
+        prefix = words(5) + [policy.image_id] * policy.image_tokens + words(config.question - 5)
+        chosen = words(config.answer)
+        rows += [data.Row(prefix, [chosen, words(config.answer)]), data.Row(prefix, [chosen])]
+    pixels = torch.rand(len(rows), 3, policy.image_size, policy.image_size)
+    packed = data.pack(rows, pixels).to(device)
+
+    def step():
+        logp = policy("logps", packed).sum(1).view(config.per_gpu, 3)
+        world_loss(logp, logp.detach() - 1, image=True).backward()
+        runtime.clip_gradients(policy, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # What is computed again is no gain: the model's own FLOPs are those of a step that keeps its activations.
+    flops, seconds = flops_of(step), []
+    flops *= 3 / 4 if config.recompute and not config.lora_rank else 2 / 3 if config.recompute else 1
+    for _ in tqdm(range(config.repeats + 1), "steps", leave=False, disable=runtime.rank() > 0):
+        began = synchronized(device)
+        step()
+        seconds.append(synchronized(device) - began)
+    took, rate = float(np.median(seconds[1:])), matrix_rate(device)
+    runtime.say(
+        f"{config.model} on {runtime.world()} {device.type}, {config.per_gpu} pairs each, {len(packed.ids)} tokens: "
+        f"{took:.3f} s a step, {runtime.world() * config.per_gpu / took:.2f} pairs/s, "
+        f"{runtime.world() * len(packed.ids) / took:.0f} tokens/s\n"
+        f"{flops / took / 1e12:.3g} TFLOP/s each of {rate / 1e12:.3g} in plain matrix products: "
+        f"{100 * flops / took / rate:.1f} % utilisation; peak memory {runtime.memory_gb():.1f} GB"
+    )
+    if config.profile and runtime.rank() == 0:
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        kinds += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+        with torch.profiler.profile(activities=kinds) as profiler:
+            step()
+        order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
 
 
 def speed(config):
@@ -631,11 +731,13 @@ def speed(config):
             contest, _, name = config.only.partition("/")
             memory_of_one(world, contest, name, sizes.get(contest, config.batch))
             return
+        rate = matrix_rate(world.device)
         trl = has_trl() or "not installed (pip install trl)"
         print(
             f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl}; {world.device.type}, "
             f"{torch.get_num_threads()} threads; {config.tokens} image tokens, batch {config.batch}, answers of "
-            f"{config.words // 2} to {config.words} words, G {config.group}; medians of {config.repeats} turns"
+            f"{config.words // 2} to {config.words} words, G {config.group}; medians of {config.repeats} turns. Tokens "
+            f"are those of the answers; % is the share of {rate / 1e9:.0f} GFLOP/s in plain matrix products"
         )
         report = {}
         for contest, makers in contests(config).items():
@@ -649,10 +751,14 @@ def speed(config):
                 low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
                 memory = peak_memory(config, contest, name) if config.memory else float("nan")
                 found = {"seconds": float(np.median(times)), "ratio": middle, "quartiles": [low, high], "mb": memory}
+                found["tokens_per_s"] = world.answer_tokens(contest) / found["seconds"]
+                pick = list(range(sizes.get(contest, config.batch)))
+                found["utilisation"] = flops_of(contenders[name].step, pick) / found["seconds"] / rate
                 report[contest][name] = found | {"first_loss": first.get(name)}
                 print(
                     f"{contest:20} {name:32} {found['seconds']:8.3f} s   {middle:5.2f} x [{low:.2f}, {high:.2f}]   "
-                    f"{memory:7.0f} MB" + (f"   first loss {first[name]:.4f}" if name in first else "")
+                    f"{found['tokens_per_s']:7.0f} tokens/s   {100 * found['utilisation']:3.0f} %   {memory:7.0f} MB"
+                    + (f"   first loss {first[name]:.4f}" if name in first else "")
                 )
             if contest == "GRPO step":
                 sample, update = contenders["ours"].seconds
@@ -667,9 +773,13 @@ def main():
     if config.speed:
         speed(config)
         return
+    if config.step:
+        full_step(config)
+        return
     if not config.plan:
         raise ValueError(
-            "say what to do: --speed times our steps beside others', --plan computes memory and time of a run"
+            "say what to do: --speed times our steps beside others', --step one of real size, --plan computes what a "
+            "run needs"
         )
     size, found = plan(config)
     what = f"adapters of rank {config.lora_rank}" if config.lora_rank else "all weights but the vision tower's"

@@ -448,7 +448,7 @@ def load(path, train_vision=False, convention="", trained=True, lora_rank=0, pla
 
 
 def fill(policy, path, folder):
-    """Read the weights into `policy`, each process its share; and make anew what memory from `to_empty` lost."""
+    """Read the weights into `policy`, each process its share, and make anew what no file holds."""
     alone = not any(isinstance(p, DTensor) for p in policy.parameters())  # no slices: no other rank need be there
     try:
         reader = HuggingFaceStorageReader(str(folder))
@@ -471,6 +471,11 @@ def fill(policy, path, folder):
     except (OSError, KeyError, SafetensorError, json.JSONDecodeError, CheckpointException) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise ValueError(f"--model {path}: its weights cannot be read ({reason}). Fetch or export it again") from None
+    fill_anew(policy)
+
+
+def fill_anew(policy):
+    """Make what no file holds and memory from `to_empty` has lost: the buffers, and adapters at their start."""
     device, hf = policy.mean.device, policy.hf
     images = policy.processor.image_processor
     for name in ("mean", "std"):

@@ -1,6 +1,10 @@
 """The contest of bench.py: what is timed is the same work."""
 
+import re
+
 import pytest
+import torch
+from conftest import run_here
 
 import bench
 
@@ -38,7 +42,23 @@ def test_the_contest_is_printed_with_ratios_to_ours(contest, capsys, monkeypatch
     bench.speed(bench.Config(speed=True, batch=3, words=8, repeats=2, memory=False))
     told = capsys.readouterr().out.splitlines()
     assert " 1.00 x [1.00, 1.00]" in told[1] and "plain" in told[2] and "first loss" in told[2]
+    assert "tokens/s" in told[2] and 0 < float(re.search(r"(\d+) %   ", told[2])[1]) < 150
     broken = {"ours": few["text-only DPO step"]["ours"], "plain": lambda w: bench.Plain(w, True)}
     monkeypatch.setattr(bench, "contests", lambda config: {"text-only DPO step": broken})
     with pytest.raises(ValueError, match="compute different losses"):
         bench.speed(bench.Config(speed=True, batch=3, words=8, repeats=1, memory=False))
+
+
+def test_flops_are_counted():
+    a, b = torch.randn(3, 5), torch.randn(5, 7)
+    assert bench.flops_of(torch.matmul, a, b) == 2 * 3 * 5 * 7
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_step_of_a_models_size(world, lora_rank, monkeypatch, capsys):
+    flags = ["--question", 20, "--answer", 5, "--per_gpu", 2, "--repeats", 1, "--lora_rank", lora_rank]
+    assert run_here(monkeypatch, bench, "--step", "--model", world / "base", *flags) == 0
+    told = capsys.readouterr().out
+    # Two pairs: a row of image, question and two answers, and one of image, question and one.
+    assert f"{2 * (16 + 20 + 10) + 2 * (16 + 20 + 5)} tokens" in told
+    assert 0 < float(re.search(r"([\d.]+) % utilisation", told)[1]) < 150

@@ -150,6 +150,21 @@ def test_pixels_equal_the_hub_processor(policy):
         assert (ours - theirs).abs().max().item() < 1e-5, size
 
 
+def test_decoded_images_are_kept_as_long_as_they_fit(policy, tmp_path, monkeypatch):
+    names = ["a.png", "b.png"]
+    for name, colour in zip(names, ((255, 0, 51), (0, 102, 204)), strict=True):
+        Image.new("RGB", (70, 64), colour).save(tmp_path / name)
+    monkeypatch.setattr(policy, "decoded", {})
+    monkeypatch.setattr(model, "DECODED_BYTES", 1)  # the first is kept, more are not
+    fresh = model.load_pixels(policy, tmp_path, names)
+    assert fresh[:, :, 0, 0].flatten().tolist() == pytest.approx([1.0, 0.0, 0.2, 0.0, 0.4, 0.8])
+    (tmp_path / "a.png").unlink()
+    assert torch.equal(model.load_pixels(policy, tmp_path, names), fresh)
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(ValueError, match="b.png: no such image"):
+        model.load_pixels(policy, tmp_path, names)
+
+
 def test_folders_that_are_no_llava_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no model folder here, nor a Hugging Face id that can be had"):
         model.load(tmp_path / "nowhere")

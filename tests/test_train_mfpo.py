@@ -263,3 +263,34 @@ def test_learning_rate_by_hand():
     assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert rates[7] == pytest.approx(0.55)  # half way through the cosine
     assert rates[11] == pytest.approx(0.1 + 0.9 * 0.5 * (1 - 0.9510565), abs=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # on a GPU threads make them; which needs no GPU to be tried
+def test_what_is_made_ahead_comes_in_order_and_not_too_early(device):
+    asked = []
+
+    def make(i):
+        time.sleep(0.002 * (i % 3))
+        if i == 9:
+            raise ValueError("nine")
+        return i * i
+
+    def items():
+        for i in range(20):
+            asked.append(i)
+            yield i
+
+    found = []
+    with pytest.raises(ValueError, match="nine"):
+        for value in runtime.ahead(make, items(), torch.device(device), workers=2):
+            found.append(value)
+            assert len(asked) - len(found) == (0 if device == "cpu" else 2)
+    assert found == [i * i for i in range(9)]
+
+
+def test_the_clock_adds_up(monkeypatch):
+    times = iter([0.0, 1.0, 4.0, 6.0, 10.0])
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(times))
+    clock = runtime.Clock()
+    assert [clock("images"), clock("optimizer"), clock("images"), clock("optimizer")] == [1, 3, 2, 4]
+    assert clock.summary() == "10.0 s: optimizer 70.0 %, images 30.0 %"
