@@ -18,8 +18,7 @@ allocator slack, NCCL buffers and kernels' workspace come on top (plan for a ten
 
 import importlib.metadata
 import json
-import subprocess
-import sys
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -56,8 +55,6 @@ class Config:
     words: int = knob(40, "speed: longest answer of a pair; the shortest has half")
     questions: int = knob(4, "speed: questions of a GRPO step")
     repeats: int = knob(7, "speed, step: turns that count")
-    memory: bool = knob(True, "speed: also measure peak memory, each contender in a process of its own")
-    only: str = knob("", "speed: contest/contender, of which the memory is printed (bench.py calls itself so)")
     json: str = knob("", "speed: also write the numbers here")
     model: str = knob("7b", "7b | 13b (LLaVA-1.5), or a LLaVA folder or hub id")
     gpus: int = knob(8, "GPUs")
@@ -597,45 +594,20 @@ def race(world, makers, batch, repeats):
     return {name: times[1:] for name, times in seconds.items()}, first, contenders
 
 
-def peak_memory(config, contest, name):
-    """MB that a step of one contender needs beyond weights and optimizer state, in a process of its own."""
-    flags = [
-        "--speed",
-        "--tokens",
-        config.tokens,
-        "--batch",
-        config.batch,
-        "--words",
-        config.words,
-        "--group",
-        config.group,
-    ]
-    flags += ["--questions", config.questions, "--sampled", config.sampled, "--only", f"{contest}/{name}"]
-    done = subprocess.run([sys.executable, __file__, *map(str, flags)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return float(done.stdout.split()[-1])
-
-
-def memory_of_one(world, contest, name, batch):
-    """Print the MB that steps need at most beyond what is held between steps; the first loads code and kernels."""
-    contender = contests(world.config)[contest][name](world)
-    contender.step(list(range(batch)))
-    if world.device.type == "cuda":
+def peak_bytes(device, work, *args):
+    """The most that torch has allocated at any time of work(*args), beyond what was allocated before it."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
-        before = resident("VmRSS")
-    for _ in range(2):
-        contender.step(list(range(batch)))
-    print(((torch.cuda.max_memory_allocated() if world.device.type == "cuda" else resident("VmHWM")) - before) / 1e6)
-
-
-def resident(name):
-    """Bytes of this process that Linux tells as VmRSS (now) or VmHWM (the most so far)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+        work(*args)
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler would print that it starts and stops
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, profile_memory=True) as profiler:
+        work(*args)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return int(np.cumsum([event.nbytes() for event in events]).max(initial=0))
 
 
 def matrix_rate(device):
@@ -723,14 +695,10 @@ def full_step(config):
 
 
 def speed(config):
-    """Run all contests, or with --only print the memory of one contender."""
+    """Run all contests; print them, and write them to --json."""
     with tempfile.TemporaryDirectory() as folder:
         world = World(config, Path(folder))
         sizes = {"GRPO step": config.questions, "sampling": config.questions}
-        if config.only:
-            contest, _, name = config.only.partition("/")
-            memory_of_one(world, contest, name, sizes.get(contest, config.batch))
-            return
         rate = matrix_rate(world.device)
         trl = has_trl() or "not installed (pip install trl)"
         print(
@@ -749,20 +717,20 @@ def speed(config):
             for name, times in seconds.items():
                 ratios = [other / mine for other, mine in zip(times, seconds["ours"], strict=True)]
                 low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-                memory = peak_memory(config, contest, name) if config.memory else float("nan")
-                found = {"seconds": float(np.median(times)), "ratio": middle, "quartiles": [low, high], "mb": memory}
+                found = {"seconds": float(np.median(times)), "ratio": middle, "quartiles": [low, high]}
+                step, pick = contenders[name].step, list(range(sizes.get(contest, config.batch)))
+                found["mb"] = peak_bytes(world.device, step, pick) / 1e6
                 found["tokens_per_s"] = world.answer_tokens(contest) / found["seconds"]
-                pick = list(range(sizes.get(contest, config.batch)))
-                found["utilisation"] = flops_of(contenders[name].step, pick) / found["seconds"] / rate
+                found["utilisation"] = flops_of(step, pick) / found["seconds"] / rate
                 report[contest][name] = found | {"first_loss": first.get(name)}
                 print(
-                    f"{contest:20} {name:32} {found['seconds']:8.3f} s   {middle:5.2f} x [{low:.2f}, {high:.2f}]   "
-                    f"{found['tokens_per_s']:7.0f} tokens/s   {100 * found['utilisation']:3.0f} %   {memory:7.0f} MB"
-                    + (f"   first loss {first[name]:.4f}" if name in first else "")
+                    f"{contest:19} {name:31} {found['seconds']:7.3f} s  {middle:5.2f} x [{low:.2f}, {high:.2f}]  "
+                    f"{found['tokens_per_s']:6.0f} tokens/s  {100 * found['utilisation']:3.0f} %  {found['mb']:6.1f} MB"
+                    + (f"  first loss {first[name]:.4f}" if name in first else "")
                 )
             if contest == "GRPO step":
                 sample, update = contenders["ours"].seconds
-                print(f"{'':20} of ours: sampling and scoring {sample:.3f} s, update {update:.3f} s (last turn)")
+                print(f"{'':19} of ours: sampling and scoring {sample:.3f} s, update {update:.3f} s (last turn)")
         if config.json:
             runtime.write_text(config.json, json.dumps(report, indent=2))
             print(f"wrote {config.json}")

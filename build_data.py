@@ -21,6 +21,7 @@ writes   mfpo: <out>.jsonl (format: data.py) and <out>_distorted/*.png beside it
          <out>_images/ for images that did not lie in the folder of <out>; <out>.parts/ until all is done
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -769,10 +770,9 @@ def pixels_in(flag, text):
     return value
 
 
-def mean_logp(policy, rows, pixels):
-    """The chosen answer's log-probability given the image, nats per token, (B,); see image_gain."""
-    batch = data.pack(rows, pixels).to(pixels.device)
-    return policy("logps", batch).sum(1) / batch.answer_mask.sum(1)
+def mean_logp(policy, batch, pixels):
+    """The log-probabilities of a batch's answers, one a row, given other images than its own: nats per token, (B,)."""
+    return policy("logps", dataclasses.replace(batch, pixels=pixels)).sum(1) / batch.answer_mask.sum(1)
 
 
 @torch.no_grad()
@@ -803,11 +803,11 @@ def attack_images(policy, rows, pixels, noise, kind, eps, alpha=0.0, steps=0):
     DEVIATION: the paper names neither steps nor sizes nor the start; all are ours. Only the image's gradient is
     computed: the caller freezes the parameters, which saves their gradients' time and memory.
     """
-    delta = eps * noise
+    batch, delta = data.pack(rows, pixels).to(pixels.device), eps * noise
     for _ in range(steps if kind == "pgd" else 0):
         attacked = (pixels + delta).clamp(0, 1).requires_grad_()
         # Each image moves only its own answer, so the gradient of the sum is each one's own.
-        (gradient,) = torch.autograd.grad(mean_logp(policy, rows, attacked).sum(), attacked)
+        (gradient,) = torch.autograd.grad(mean_logp(policy, batch, attacked).sum(), attacked)
         delta = (delta - alpha * gradient.sign()).clamp(-eps, eps)
     levels = math.floor(eps * 255 + 1e-6)  # rounded to 8 bits inside the ball, not out of it
     change = (delta * 255).round().clamp(-levels, levels)
@@ -891,7 +891,8 @@ def build_mbpo(config):
         attacked = attack_images(policy, rows, pixels, noise, config.attack, eps, alpha, config.steps)
         with torch.no_grad():
             answers, ended = policy("generate", attacked, [row.prefix for row in rows], config.max_new_tokens)
-            fall = mean_logp(policy, rows, pixels) - mean_logp(policy, rows, attacked)
+            batch = data.pack(rows, pixels).to(pixels.device)
+            fall = mean_logp(policy, batch, pixels) - mean_logp(policy, batch, attacked)
         lines = []
         for k, (i, record) in enumerate(zip(pick, chosen, strict=True)):
             name = f"{i:06}.png"

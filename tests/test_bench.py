@@ -39,14 +39,24 @@ def test_the_contest_is_printed_with_ratios_to_ours(contest, capsys, monkeypatch
     few = {"text-only DPO step": {"ours": lambda w: bench.Ours(w, False), "plain": lambda w: bench.Plain(w, False)}}
     monkeypatch.setattr(bench, "contests", lambda config: few)
     monkeypatch.setattr(bench, "World", lambda config, folder: contest)
-    bench.speed(bench.Config(speed=True, batch=3, words=8, repeats=2, memory=False))
+    bench.speed(bench.Config(speed=True, batch=3, words=8, repeats=2))
     told = capsys.readouterr().out.splitlines()
     assert " 1.00 x [1.00, 1.00]" in told[1] and "plain" in told[2] and "first loss" in told[2]
     assert "tokens/s" in told[2] and 0 < float(re.search(r"(\d+) %   ", told[2])[1]) < 150
     broken = {"ours": few["text-only DPO step"]["ours"], "plain": lambda w: bench.Plain(w, True)}
     monkeypatch.setattr(bench, "contests", lambda config: {"text-only DPO step": broken})
     with pytest.raises(ValueError, match="compute different losses"):
-        bench.speed(bench.Config(speed=True, batch=3, words=8, repeats=1, memory=False))
+        bench.speed(bench.Config(speed=True, batch=3, words=8, repeats=1))
+
+
+def test_peak_memory_is_what_was_alive_together():
+    def work(megabytes):
+        first, second = torch.empty(1000, 1000), torch.empty(500, 1000)
+        del first
+        return torch.empty(megabytes, 250, 1000), second
+
+    assert bench.peak_bytes(torch.device("cpu"), work, 1) == 6_000_000  # 4 + 2, then 2 + 1
+    assert bench.peak_bytes(torch.device("cpu"), work, 9) == 11_000_000
 
 
 def test_flops_are_counted():

@@ -215,11 +215,11 @@ def test_an_attack_stays_in_the_ball_after_rounding(policy, attacked, kind, eps)
 
 def test_an_attack_lowers_the_chosen_answer_and_noise_does_not(policy, attacked):
     rows, pixels, noise = attacked
-    clean = build_data.mean_logp(policy, rows, pixels)
+    clean = build_data.mean_logp(policy, data.pack(rows, None), pixels)
     falls = {}
     for kind in ("pgd", "random"):
         out = build_data.attack_images(policy, rows, pixels, noise, kind, 4 / 255, 1 / 255, 10)
-        falls[kind] = clean - build_data.mean_logp(policy, rows, out)
+        falls[kind] = clean - build_data.mean_logp(policy, data.pack(rows, None), out)
     assert (falls["pgd"] > 0).all() and (falls["pgd"] > 5 * falls["random"].abs()).all()
 
 
@@ -238,7 +238,9 @@ def test_the_step_of_the_attack_goes_downhill_by_finite_differences(policy, atta
     inside = pixels.clamp(0.1, 0.9).mul(255).round().div(255)  # so that no pixel is held by [0, 1]
     step = build_data.attack_images(policy, rows, inside, torch.zeros_like(noise), "pgd", 1 / 255, 1 / 255, 1) - inside
 
-    down, here, up = (build_data.mean_logp(policy, rows, inside + share * step) for share in (0.2, 0, -0.2))
+    down, here, up = (
+        build_data.mean_logp(policy, data.pack(rows, None), inside + share * step) for share in (0.2, 0, -0.2)
+    )
     assert (down < here).all() and (here < up).all()
     assert torch.allclose(here - down, up - here, rtol=0.2)  # a slope, not chance
 
@@ -269,7 +271,10 @@ def test_what_is_dropped(mined, chosen, ended, reason):
 
 def test_gain_is_what_separate_forwards_say(policy, attacked):
     rows, pixels, _ = attacked
-    gain, logp = build_data.image_gain(policy, rows, pixels), build_data.mean_logp(policy, rows, pixels)
+    gain, logp = (
+        build_data.image_gain(policy, rows, pixels),
+        build_data.mean_logp(policy, data.pack(rows, None), pixels),
+    )
     grey = policy.mean.expand(1, 3, 64, 64)
     with torch.no_grad():
         alone = [policy.logps(data.pack(rows[1:2], p)).sum().item() for p in (pixels[1:2], grey)]
