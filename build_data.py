@@ -30,7 +30,6 @@ import re
 import shutil
 import sys
 import tempfile
-import textwrap
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -40,10 +39,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 import data
+import draw
 import grounding
 import losses
 import model
@@ -659,36 +659,8 @@ def finish_mfpo(config, out, parts, lines):
         )
     runtime.discard(parts)
     if config.sheet:
-        draw_sheet(first, out.parent, config.sheet)
+        draw.draw_sheet(first, out.parent, config.sheet)
         print(f"wrote {config.sheet}")
-
-
-def draw_sheet(rows, folder, path, zoom=192):
-    """A contact sheet, a row a record: the image with its regions, the distorted image, the words."""
-    sheet = Image.new("RGB", (2 * zoom + 30 + 620, len(rows) * (zoom + 10) + 10), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, row in enumerate(rows):
-        top = 10 + i * (zoom + 10)
-        for column, name in enumerate((row["image"], row["image_rejected"])):
-            image = data.load_image(data.image_path(folder, name))
-            scale = zoom / max(image.size)
-            how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-            shown = image.resize([max(1, round(s * scale)) for s in image.size], how)
-            sheet.paste(shown, (10 + column * (zoom + 10), top))
-            if column == 0:
-                for region in row["regions"]:
-                    x0, y0, x1, y1 = (v * scale for v in region["box"])
-                    pen.rectangle([10 + x0, top + y0, 10 + x1, top + y1], outline="red", width=2)
-        lines = [
-            f"keywords  {', '.join(row['keywords'])}",
-            f"chosen    {row['chosen']}",
-            f"rejected  {row['rejected']}  ({row['rejected_from']})",
-            f"noise     {row['region_kind']}, {row['noise']['schedule']} t={row['noise']['t']}; regions: "
-            + (", ".join(region["word"] for region in row["regions"]) or "none"),
-        ]
-        text = "\n".join(textwrap.fill(line, 88, max_lines=3, placeholder=" ...") for line in lines)
-        pen.multiline_text((2 * zoom + 40, top), text, fill="black", font_size=14)
-    sheet.save(path)
 
 
 def check_toy(method, config, data_path):
@@ -819,6 +791,11 @@ REFUSAL = re.compile(
     r"|i (do not|don['’]?t) see (a|an|any|the) (picture|image|photo)|as an ai)",
     re.IGNORECASE,
 )
+
+
+def is_new_word(word, text):
+    """Is `word` one with a content that `text` does not have?"""
+    return bool(set(content_words(word)) - set(content_words(text)))
 
 
 def why_drop(mined, chosen, ended):
@@ -955,7 +932,7 @@ def finish_mbpo(config, out, parts, records, pad):
     runtime.discard(parts)
     print(f"wrote {out}: {count} records; dropped: {told} (kept in {gone.name})")
     if config.sheet:
-        draw_attacks(first, out.parent, config.sheet, pad)
+        draw.draw_attacks(first, out.parent, config.sheet, pad, is_new_word)
         print(f"wrote {config.sheet}")
 
 
@@ -985,40 +962,6 @@ def keep_questions(config, out):
     finally:
         shutil.rmtree(aside)
     print(f"wrote {out}: {count} of {len(asked)} closed-ended questions")
-
-
-def draw_attacks(rows, folder, path, pad, zoom=192, factor=20):
-    """
-    A contact sheet, a row a record: the image, the attacked image, their difference `factor` times as large around
-    grey, and both answers, with the content words of the mined one that the chosen one does not hold in red.
-    """
-    sheet = Image.new("RGB", (3 * (zoom + 10) + 640, len(rows) * (zoom + 10) + 10), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, row in enumerate(rows):
-        top = 10 + i * (zoom + 10)
-        attacked = data.load_image(data.image_path(folder, row["image_attacked"]))
-        clean = model.to_pixels(data.load_image(data.image_path(folder, row["image"])), attacked.width, pad)
-        clean = (clean * 255).round().byte().permute(1, 2, 0).numpy()
-        change = np.asarray(attacked).astype(int) - clean
-        magnified = Image.fromarray((128 + factor * change).clip(0, 255).astype(np.uint8))
-        for column, image in enumerate((Image.fromarray(clean), attacked, magnified)):
-            shown = image.resize((zoom, zoom), Image.Resampling.NEAREST)
-            sheet.paste(shown, (10 + column * (zoom + 10), top))
-        left, y = 3 * (zoom + 10) + 20, top
-        eps = round(row["attack"]["eps"] * 255, 2)
-        sizes = f"{row['attack']['kind']}, eps {eps:g}/255; third picture: difference x {factor}"
-        known = set(content_words(row["chosen"]))
-        for title, text in (("chosen", row["chosen"]), ("mined", row["rejected"]), ("attack", sizes)):
-            x = left
-            for word in [f"{title}:", *text.split()]:
-                new = title == "mined" and any(w not in known for w in content_words(word)) and word != "mined:"
-                width = pen.textlength(word + " ", font_size=15)
-                if x + width > sheet.width - 10:
-                    x, y = left, y + 20
-                pen.text((x, y), word, fill="red" if new else "black", font_size=15)
-                x += width
-            y += 36
-    sheet.save(path)
 
 
 # ------------------------------------------------------------------------------------------------------- main

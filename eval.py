@@ -31,17 +31,17 @@ import functools
 import json
 import math
 import re
-import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 import data
+import draw
 import losses
 import model
 import runtime
@@ -355,56 +355,6 @@ def runs_text(folder):
     return "\n".join(lines)
 
 
-def draw_runs(folder, path, keys=("chair_s", "recall", "image_margin", "information_gain"), width=360, height=240):
-    """
-    Curves over runs whose names begin with a number, as those of runs/noise_sweep.sh: a panel a metric, a dot a seed,
-    a line through the means of each group of names (what follows the number, digits aside), the base's in grey.
-    """
-    runs, groups = read_runs(folder), {}
-    for name, by_seed in runs.items():
-        if number := re.match(r"(\d+\.?\d*)_?(.*)", name):
-            label = re.sub(r"[_\d]+$", "", number[2])
-            groups.setdefault(label, []).append((float(number[1]), list(by_seed.values())))
-    if not groups:
-        raise ValueError(f"--plot: no run in {folder} has a name that begins with a number, as 0.44_ddpm_400-0")
-    sheet = Image.new("RGB", (len(keys) * (width + 70) + 30, height + 90), "white")
-    pen = ImageDraw.Draw(sheet)
-    xs = [x for points in groups.values() for x, _ in points]
-    for panel, key in enumerate(keys):
-        left, top = 60 + panel * (width + 70), 40
-        base = [summary[key] for summary in runs["base"].values() if summary[key] is not None]
-        drawn = base + [s[key] for points in groups.values() for _, many in points for s in many if s[key] is not None]
-        low, high = min(drawn), max(drawn)
-        low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
-
-        def at(x, y, left=left, top=top, low=low, high=high):
-            across = (x - min(xs)) / (max(xs) - min(xs) or 1)
-            return left + across * width, top + height - (y - low) / (high - low) * height
-
-        pen.rectangle([left, top, left + width, top + height], outline="black")
-        title = f"{SHORT_OF.get(key, key)} over the number in the runs' names"
-        pen.text((left, top - 26), title, fill="black", font_size=16)
-        pen.line([at(min(xs), np.mean(base)), at(max(xs), np.mean(base))], fill="grey", width=2)
-        pen.text((left + 6, at(0, np.mean(base))[1] + 3), "base", fill="grey", font_size=13)
-        for value in (low, (low + high) / 2, high):
-            pen.text((left - 6, at(0, value)[1]), f"{value:.2f}", fill="black", font_size=12, anchor="rm")
-        for x in sorted({min(xs), max(xs), *(round(x, 1) for x in xs)}):
-            if min(xs) <= x <= max(xs):
-                pen.text((at(x, low)[0], top + height + 6), f"{x:g}", fill="black", font_size=12, anchor="ma")
-        for colour, (label, points) in zip(("blue", "red", "green", "orange"), sorted(groups.items()), strict=False):
-            points = sorted((x, [s[key] for s in many if s[key] is not None]) for x, many in points)
-            if len(points) > 2:
-                pen.line([at(x, np.mean(many)) for x, many in points if many], fill=colour, width=2)
-            for x, many in points:
-                for value in many:
-                    across, down = at(x, value)
-                    pen.ellipse([across - 3, down - 3, across + 3, down + 3], outline=colour)
-            pen.text(
-                (left + 60 + 90 * sorted(groups).index(label), top + height + 28), label, fill=colour, font_size=14
-            )
-    sheet.save(path)
-
-
 MINED = {  # column of the table over attacks -> value
     "names an absent object": "chair_s", "adds one": "adds", "absent objects an answer": "absent", "recall": "recall",
     "object F1": "object_f1", "fall of the true answer": "fall", "kept": "kept",
@@ -651,7 +601,11 @@ def draw_attention(config, place, count=100, drawn=5):
                 found.append(policy("attention", pixels, row, at))
         maps.append(found)
     grids = [[grid for grid, _ in found] for found in maps]
-    draw_maps(records[:drawn], folder, grids, config, policy)
+    names = f"base: {Path(config.base).name}", f"final: {Path(config.model).name}"
+    draw.draw_maps(
+        records[:drawn], folder, grids, config.attention, names, config.word,
+        lambda image: model.to_square(image, policy.image_size, policy.pad),
+    )  # fmt: skip
     shares = {name: [grid.sum() for grid in found] for name, found in zip(("base", "final"), grids, strict=True)}
     lines = [f"attention when about to say {config.word!r}, mean over layers, heads and {len(records)} records"]
     for name, found in zip(("base", "final"), maps, strict=True):
@@ -684,35 +638,6 @@ def share_in_boxes(grid, record, word, folder, policy):
     return float((grid * covered).sum() / grid.sum())
 
 
-def draw_maps(records, folder, grids, config, policy, zoom=192):
-    """
-    A row a record: the image, then the attention of the base and of the trained model over it, red where it is
-    strongest; both on one scale.
-    """
-    sheet = Image.new("RGB", (3 * (zoom + 10) + 420, len(records) * (zoom + 10) + 30), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("image", f"base: {Path(config.base).name}", f"final: {Path(config.model).name}")):
-        pen.text((10 + column * (zoom + 10), 5), title, fill="black", font_size=14)
-    for i, record in enumerate(records):
-        top = 30 + i * (zoom + 10)
-        image = data.load_image(data.image_path(folder, record["image"]))
-        image = model.to_square(image, policy.image_size, policy.pad).resize((zoom, zoom), Image.Resampling.NEAREST)
-        sheet.paste(image, (10, top))
-        brightest = max(found[i].max() for found in grids)
-        for column, found in enumerate(grids, 1):
-            heat = Image.fromarray((found[i] / brightest * 255).astype(np.uint8))
-            heat = heat.resize((zoom, zoom), Image.Resampling.BICUBIC)
-            faded = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.4)
-            sheet.paste(
-                Image.composite(Image.new("RGB", image.size, "red"), faded, heat), (10 + column * (zoom + 10), top)
-            )
-            share = f"{found[i].sum():.2f} on the image"
-            pen.text((14 + column * (zoom + 10), top + zoom - 18), share, fill="black", font_size=13)
-        text = textwrap.fill(f"when about to say {config.word!r} in: {record['chosen']}", 52)
-        pen.multiline_text((3 * (zoom + 10) + 20, top), text, fill="black", font_size=14)
-    sheet.save(config.attention)
-
-
 @dataclass
 class Config:
     model: str = knob("", "checkpoint to evaluate; with --bench: to answer with, empty: --answers are there already")
@@ -742,6 +667,12 @@ class Config:
         default_factory=list,
         metadata={"help": "two checkpoints, or with --bench two files of answers, side by side with their difference"},
     )
+    margins: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "instead: a PNG and finished MFPO runs, whose text and image margins are drawn into it"},
+    )
+    story: str = knob("", "instead: draw scenes and what --base and the models of --compare say, into this PNG")
+    attacked: str = knob("", "story: records mined from the scenes of --split (build_data.py mbpo)")
     attention: str = knob("", "instead: draw where --base and --model look when they say --word, into this PNG")
     word: str = knob("", "attention: the word")
 
@@ -762,8 +693,12 @@ class Config:
             raise ValueError("--max_new_tokens must not be negative, --batch must be positive")
         if self.plot and not (self.runs and self.plot.endswith(".png")):
             raise ValueError("--plot needs --runs and a file that ends in .png")
-        for name in ("json", "plot", "attention"):
-            path = getattr(self, name)
+        if self.story and not (self.story.endswith(".png") and len(self.compare) == 2 and self.attacked):
+            raise ValueError("--story needs a file that ends in .png, --compare with two models, and --attacked")
+        if self.margins and not (self.margins[0].endswith(".png") and len(self.margins) > 1):
+            raise ValueError("--margins needs a file that ends in .png and runs, as --margins m.png out/mfpo-1")
+        places = [("margins", path) for path in self.margins[:1]]
+        for name, path in places + [(name, getattr(self, name)) for name in ("json", "plot", "attention", "story")]:
             if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
                 raise ValueError(f"--{name} {path}: is a folder, or lies in none. Name another file")
         model.check_convention(self.convention)
@@ -793,12 +728,63 @@ def compare_text(config, place):
     return "\n".join([*lines, f"95 % intervals by bootstrap over the same {count} scenes for both"])
 
 
+def draw_story(config, place, count=3):
+    """The first scenes in which the base invents something and that were attacked: what each model says of them."""
+    folder, mined_at = Path(config.data), Path(config.attacked)
+    distorted = {r["image"]: r["image_rejected"] for _, r in data.read_jsonl(folder / f"mfpo_{config.split}.jsonl")}
+    scenes = {r["image"]: r for _, r in data.read_jsonl(folder / f"{config.split}.jsonl")}
+    mined = [r for _, r in data.read_jsonl(mined_at) if r["image"] in distorted and r["image"] in scenes]
+    if mined_at.parent.resolve() != folder.resolve() or not mined:
+        raise ValueError(
+            f"--attacked {mined_at}: mines no scene of {folder}/{config.split}.jsonl. Build it: build_data.py mbpo "
+            f"--source {folder}/{config.split}.jsonl --out {folder}/attacked.jsonl --iig_keep 1 --questions 0"
+        )
+    mined, said = mined[:100], {}
+    for path in (config.base, *config.compare):
+        policy = model.load(path, convention=config.convention, trained=False, place=place).eval()
+        rows = [(k, r["question"]) for k, r in enumerate(mined)]
+        pixels = model.load_pixels(policy, folder, [r["image"] for r in mined])
+        said[path] = answer_all(policy, pixels, rows, 64, f"captions of {path}")
+    shown = []
+    for k, record in enumerate(mined):
+        kinds = {o["word"] for o in scenes[record["image"]]["objects"]}
+        if "[" not in marked(said[config.base][k], kinds) or len(shown) == count:
+            continue
+        lines = [
+            ("truth", record["chosen"]),
+            ("before", said[config.base][k]),
+            ("before, attacked", record["rejected"]),
+        ]
+        lines += [(f"after {path.split('/')[-2]}", said[path][k]) for path in config.compare]
+        told = [(who, text, ["[" in word for word in marked(text, kinds).split()]) for who, text in lines]
+        images = record["image"], distorted[record["image"]], record["image_attacked"]
+        shown.append({"images": images, "said": told})
+    draw.draw_story(shown, folder, config.story)
+    return f"wrote {config.story}"
+
+
 def main():
     config = runtime.parse_config(Config, description=__doc__)
+    if config.margins:
+        path, *folders = config.margins
+        for folder in folders:
+            if not (Path(folder) / "metrics.jsonl").is_file():
+                raise ValueError(
+                    f"--margins {folder}: holds no metrics.jsonl, so no run. Name folders such as out/mfpo-1"
+                )
+        runs = {Path(f).name: [line for _, line in data.read_jsonl(Path(f) / "metrics.jsonl")] for f in folders}
+        if lacking := [name for name, steps in runs.items() if "image_margin" not in steps[0]]:
+            raise ValueError(
+                f"--margins: {', '.join(lacking)} measured no image margin. A run with --image_weight 1e-9 does, and "
+                "trains nothing with it"
+            )
+        draw.draw_margins(runs, path)
+        print(f"wrote {path}")
+        return
     if config.runs:
         print(runs_text(config.runs))
         if config.plot:
-            draw_runs(config.runs, config.plot)
+            draw.draw_runs(read_runs(config.runs), config.plot, SHORT_OF)
             print(f"wrote {config.plot}")
         return
     device = runtime.start()
@@ -811,6 +797,9 @@ def main():
         return
     if config.attention:
         runtime.say(draw_attention(config, place) + f"\nwrote {config.attention}")
+        return
+    if config.story:
+        runtime.say(draw_story(config, place))
         return
     if config.compare:
         runtime.say(compare_text(config, place))

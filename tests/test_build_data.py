@@ -15,6 +15,7 @@ from PIL import Image
 
 import build_data
 import data
+import draw
 import model
 import runtime
 import toy
@@ -178,7 +179,7 @@ def test_yes_no_questions_are_balanced_by_kind(world):
 
 def test_a_contact_sheet_is_drawn(world, tmp_path):
     rows = data.read_records(world / "mfpo.jsonl", data.MFPO_FIELDS)[:3]
-    build_data.draw_sheet(rows, world, tmp_path / "sheet.png")
+    draw.draw_sheet(rows, world, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape[0] > 3 * 192 and np.ptp(sheet) > 200
 
@@ -518,7 +519,7 @@ def test_a_sheet_of_attacks_is_drawn_with_the_invented_words_in_red(mined, tmp_p
     rows = data.read_records(mined / "mbpo.jsonl", data.MBPO_FIELDS)[:2]
     rows[0]["rejected"] = rows[0]["chosen"]
     rows[1]["rejected"] = "The picture shows a rocket."
-    build_data.draw_attacks(rows, mined, tmp_path / "sheet.png", pad=False)
+    draw.draw_attacks(rows, mined, tmp_path / "sheet.png", False, build_data.is_new_word)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
     text = sheet[:, 3 * 202 + 15 :]
     red = (text[..., 0] > 200) & (text[..., 1] < 80) & (text[..., 2] < 80)

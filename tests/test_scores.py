@@ -14,6 +14,7 @@ from conftest import refused, run_here
 from PIL import Image
 
 import data
+import draw
 import eval
 import model
 import runtime
@@ -635,8 +636,9 @@ def test_the_share_in_a_box(tmp_path, policy):
 def test_both_maps_are_on_one_scale(tmp_path, policy):
     Image.new("RGB", (64, 64), "white").save(tmp_path / "2.png")
     grid = np.full((4, 4), 0.02)
-    config = types.SimpleNamespace(base="a", model="b", word="cup", attention=tmp_path / "x.png")
-    eval.draw_maps([{"image": "2.png", "chosen": "A cup."}], tmp_path, [[grid], [2 * grid]], config, policy)
+    grids, names = [[grid], [2 * grid]], ("base", "final")
+    record = {"image": "2.png", "chosen": "A cup."}
+    draw.draw_maps([record], tmp_path, grids, tmp_path / "x.png", names, "cup", lambda image: image)
     sheet = np.asarray(Image.open(tmp_path / "x.png")).astype(int)
     base, final = (sheet[60:160, x : x + 100, 1].mean() for x in (260, 462))
     assert final < 5 and base > 50  # green: the one is all red, the other half
