@@ -753,9 +753,9 @@ def draw_story(config, place, count=3):
         lines = [
             ("truth", record["chosen"]),
             ("before", said[config.base][k]),
-            ("before, attacked", record["rejected"]),
+            ("  if attacked", record["rejected"]),
         ]
-        lines += [(f"after {path.split('/')[-2]}", said[path][k]) for path in config.compare]
+        lines += [(f"after {Path(path).parent.name}", said[path][k]) for path in config.compare]
         told = [(who, text, ["[" in word for word in marked(text, kinds).split()]) for who, text in lines]
         images = record["image"], distorted[record["image"]], record["image_attacked"]
         shown.append({"images": images, "said": told})
