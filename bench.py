@@ -305,6 +305,7 @@ class Plain(Ours):
         return (logp * (labels[:, 1:] >= 0)).sum(1)
 
     def loss(self, pick):
+        """As Ours has it, from 2 x 2 or 2 x 3 forward passes."""
         records, rows = [self.world.records[i] for i in pick], [self.rows[i][0] for i in pick]
         sides = [("image", 0), ("image", 1)] + [("image_rejected", 0)] * self.image
         found = []
@@ -385,6 +386,7 @@ class OursGrpo:
         self.seconds = 0.0, 0.0  # sampling and scoring, update
 
     def step(self, pick, number=0):
+        """Rollout, then one update on it; returns the loss, a scalar."""
         began = time.perf_counter()
         with torch.no_grad():
             images = [self.world.records[i]["image"] for i in pick]
@@ -463,6 +465,7 @@ class Sampling:
         self.rows = [data.question_row(record, *settings) for record in world.records]
 
     def step(self, pick):
+        """Answers to the questions `pick`; no gradients."""
         policy, config = self.policy, self.world.config
         pixels = model.load_pixels(policy, self.world.folder, [self.world.records[i]["image"] for i in pick])
         pixels, prompts = pixels.to(policy.mean.device), [self.rows[i].prefix for i in pick]
@@ -487,6 +490,7 @@ class Attack:
         self.policy.requires_grad_(not ours)
 
     def step(self, pick):
+        """Three steps of the attack on the images `pick`; returns the attacked images."""
         policy, rows = self.policy, [self.rows[i] for i in pick]
         pixels = model.load_pixels(policy, self.world.folder, [self.world.records[i]["image"] for i in pick])
         pixels = pixels.to(policy.mean.device)

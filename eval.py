@@ -6,6 +6,8 @@ Checkpoint in, table out.
     python eval.py --mined data/toy-0,data/toy-1        what attacks made the base models say (runs/mbpo_attack.sh)
     python eval.py --compare out/a/final out/b/final    two models and their paired difference
     python eval.py --attention look.png --word spoon    where base and model look when they say it
+    python eval.py --margins m.png out/text out/mfpo    text and image margins over the steps of MFPO runs
+    python eval.py --story s.png --compare A B --attacked mined.jsonl       what is said before and after
     python eval.py --bench chair --answers a.jsonl --objects o.jsonl --synonyms s.txt       public benchmarks: scores.py
     torchrun ... eval.py --bench pope --model M --questions q.jsonl --images val2014 --answers a.jsonl     answers first
 
@@ -763,23 +765,26 @@ def draw_story(config, place, count=3):
     return f"wrote {config.story}"
 
 
+def draw_margins(path, *folders):
+    """Text and image reward margins over the steps of finished MFPO runs, into the PNG `path`."""
+    runs = {}
+    for folder in map(Path, folders):
+        if not (folder / "metrics.jsonl").is_file():
+            raise ValueError(f"--margins {folder}: holds no metrics.jsonl, so no run. Name such as out/mfpo-1")
+        runs[folder.name] = [line for _, line in data.read_jsonl(folder / "metrics.jsonl")]
+        if "image_margin" not in runs[folder.name][0]:
+            raise ValueError(
+                f"--margins: {folder} measured no image margin. A run with --image_weight 1e-9 does, and trains "
+                "nothing with it"
+            )
+    draw.draw_margins(runs, path)
+    print(f"wrote {path}")
+
+
 def main():
     config = runtime.parse_config(Config, description=__doc__)
     if config.margins:
-        path, *folders = config.margins
-        for folder in folders:
-            if not (Path(folder) / "metrics.jsonl").is_file():
-                raise ValueError(
-                    f"--margins {folder}: holds no metrics.jsonl, so no run. Name folders such as out/mfpo-1"
-                )
-        runs = {Path(f).name: [line for _, line in data.read_jsonl(Path(f) / "metrics.jsonl")] for f in folders}
-        if lacking := [name for name, steps in runs.items() if "image_margin" not in steps[0]]:
-            raise ValueError(
-                f"--margins: {', '.join(lacking)} measured no image margin. A run with --image_weight 1e-9 does, and "
-                "trains nothing with it"
-            )
-        draw.draw_margins(runs, path)
-        print(f"wrote {path}")
+        draw_margins(*config.margins)
         return
     if config.runs:
         print(runs_text(config.runs))
