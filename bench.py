@@ -127,10 +127,11 @@ def plan(config):
     frozen, root = size["all"] - size["trained"], size["embedding"] + size["head"]
     found = {}
     for method in ("MFPO", "MBPO"):
-        # MFPO: a record is two rows, [image, question, chosen, rejected] and [distorted image, question, chosen],
-        # padded alike. MBPO: half of the groups are a pair, half a question with its group of answers.
+        # MFPO: a record is two rows, [image, question, chosen, rejected] and [distorted image, question, chosen].
+        # MBPO: half of the groups are a pair, half a question with its group of answers. Only attention pads them.
         pair, asked = prefix + 2 * config.answer, prefix + config.group * config.sampled
-        tokens = 2 * pair if method == "MFPO" else (pair + asked) / 2
+        tokens = pair + prefix + config.answer if method == "MFPO" else (pair + asked) / 2
+        held = config.per_gpu * (tokens if method == "MFPO" else max(pair, asked))  # in one forward pass, at most
         rows = config.per_gpu * (2 if method == "MFPO" else 1)
         length = pair if method == "MFPO" else max(pair, asked)
         answers = 3 * config.answer if method == "MFPO" else max(2 * config.answer, config.group * config.sampled)
@@ -149,8 +150,8 @@ def plan(config):
         }
         # Per token and layer, in bfloat16: its input alone, or all that a Llama layer keeps (8 of its width, 3 of the
         # MLP's).
-        kept = 2 * rows * length * (8 * width + 3 * text.intermediate_size)
-        inputs = 2 * rows * length * width
+        kept = 2 * held * (8 * width + 3 * text.intermediate_size)
+        inputs = 2 * held * width
         memory["activations"] = layers * inputs + kept if config.recompute else layers * kept
         memory["logits"] = (
             3 * 4 * config.per_gpu * answers * vocabulary

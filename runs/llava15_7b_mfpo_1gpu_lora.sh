@@ -3,8 +3,8 @@
 #
 #   SOURCE=RLHF-V-Dataset.parquet bash runs/llava15_7b_mfpo_1gpu_lora.sh
 #
-# Not yet run on a GPU. python bench.py --plan --model 7b --gpus 1 --lora_rank 64 --per_gpu 1: 18 GB, 4.9 records/s at 40 %
-# of an H100's peak (a 4090 has a sixth of it), so RLHF-V (5,733 records, two passes) in 40 minutes to 4 hours.
+# Not yet run on a GPU. python bench.py --plan --model 7b --gpus 1 --lora_rank 64 --per_gpu 1: 18 GB, 5.3 records/s at 40 %
+# of an H100's peak (a 4090 has a sixth of it), so RLHF-V (5,733 records, two passes) in 36 minutes to 4 hours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-llava-hf/llava-1.5-7b-hf}

@@ -6,7 +6,7 @@
 # SOURCE: RLHF-V's parquet, or any other preference data that sources.py reads (IMAGES: where its paths start, if it holds
 # paths). Keywords are found in the images by GROUNDER and SEGMENTER; GROUNDER= SEGMENTER= leaves records without boxes
 # with global noise. DATA: where records and images go. Not yet run on GPUs. python bench.py --plan --model 7b --gpus 8:
-# memory 19 GB a GPU of state, gathered layers and activations; 30 records/s at 40 % of an H100's peak, so RLHF-V
+# memory 19 GB a GPU of state, gathered layers and activations; 33 records/s at 40 % of an H100's peak, so RLHF-V
 # (5,733 records, two passes) in 6 minutes, and the reference pass in one more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
