@@ -10,7 +10,7 @@ What a run will need, computed before anything is rented; and how fast our steps
 
 --plan   memory of one GPU in GB, part by part, FLOPs a record and records a second, for both methods
 --speed  seconds a step, how many times as long the others take (median of ratios in one turn, quartiles), peak memory
---step   seconds, records and tokens a second, utilisation of the device's own matrix rate, peak memory beside the plan
+--step   seconds, records and tokens a second, utilisation of the device's own matrix rate, peak memory
 
 Parameters are counted on the model itself, built without memory. The rest are formulas, each written where it is used;
 allocator slack, NCCL buffers and kernels' workspace come on top (plan for a tenth more).
@@ -69,6 +69,8 @@ class Config:
     utilisation: float = knob(0.4, "share of the peak that is reached; a guess until measured")
 
     def __post_init__(self):
+        if self.question < 10:
+            raise ValueError(f"--question {self.question}: a prompt has 10 tokens at least")
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "lora_rank" and value <= 0:
                 raise ValueError(f"--{name} must be positive, got {value}")
@@ -158,9 +160,9 @@ def plan(config):
         )  # float32: logits, their log-softmax, the gradient
         memory["mask"] = rows * length**2 * (1 + 2)  # bool, and as numbers inside attention
         if method == "MBPO":
-            # All weights at once in bfloat16, and keys and values of all layers for G answers a question. That is freed
-            # before the update, so only the larger of the two counts. The frozen reference stays, its slice.
-            cache = 2 * 2 * layers * width * config.per_gpu * config.group * (prefix + config.sampled)
+            # All weights at once in bfloat16, and keys and values of all layers for a prompt and its G answers. That is
+            # freed before the update, so only the larger of the two counts. The frozen reference stays, its slice.
+            cache = 2 * 2 * layers * width * config.per_gpu * (prefix + config.group * config.sampled)
             memory["reference"] = 0 if config.lora_rank else 2 * size["all"] / config.gpus
             update = sum(memory[name] for name in ("gathered", "gradients in flight", "activations", "logits", "mask"))
             memory["sampling beyond the update"] = max(0, (2 * size["all"] * sharded + cache) - update)
@@ -458,7 +460,7 @@ class TrlGrpo:
 
 
 class Sampling:
-    """Answers only: our sampler, or transformers' with num_return_sequences. Both never end early."""
+    """Answers only: our sampler, or transformers' with num_return_sequences. Both stop when all answers have ended."""
 
     def __init__(self, world, ours):
         self.world, self.ours, self.policy = world, ours, world.policy()
@@ -527,7 +529,10 @@ class World:
         self.ref_logp = torch.cat(found)
 
     def answer_tokens(self, contest):
-        """Mean answer tokens of one of our steps, by which all contenders' tokens a second are counted."""
+        """
+        Mean answer tokens of one of our steps, by which all contenders' tokens a second are counted; where answers are
+        sampled, the most that they can have.
+        """
         config = self.config
         if contest in ("GRPO step", "sampling"):
             return config.questions * config.group * config.sampled
@@ -615,10 +620,10 @@ def peak_bytes(device, work, *args):
     return int(np.cumsum([event.nbytes() for event in events]).max(initial=0))
 
 
-def matrix_rate(device):
-    """FLOPs a second that this device reaches in plain matrix products, bfloat16 on a GPU, else float32."""
-    size, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a, seconds = torch.randn(size, size, device=device, dtype=kind), []
+def matrix_rate(device, dtype=torch.float32):
+    """FLOPs a second that this device reaches in plain matrix products."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, seconds = torch.randn(size, size, device=device, dtype=dtype), []
     for _ in range(10):
         began = synchronized(device)
         a @ a
@@ -642,8 +647,6 @@ def random_policy(config, device):
         model.add_lora(hf, config.lora_rank)
     policy = model.Policy(hf, processor, train_vision=False, convention="hub")
     runtime.shard(policy, device, config.recompute)
-    if any(p.is_meta for p in policy.parameters()):
-        policy.to_empty(device=device)
     with torch.no_grad():
         for name, p in policy.named_parameters():
             p.normal_(0, 0.02) if p.ndim > 1 else p.fill_(float(name.endswith("weight")))  # norms 1, biases 0
@@ -675,14 +678,16 @@ def full_step(config):
         optimizer.step()
         optimizer.zero_grad()
 
-    # What is computed again is no gain: the model's own FLOPs are those of a step that keeps its activations.
+    # What is computed again is no gain: of 8 FLOPs a weight and token (6 with adapters) 6 (4) are the step's own. Right
+    # for the layers; vision tower and head, which are not computed again, are a hundredth of a model of 7B.
     flops, seconds = flops_of(step), []
     flops *= 3 / 4 if config.recompute and not config.lora_rank else 2 / 3 if config.recompute else 1
     for _ in tqdm(range(config.repeats + 1), "steps", leave=False, disable=runtime.rank() > 0):
         began = synchronized(device)
         step()
         seconds.append(synchronized(device) - began)
-    took, rate = float(np.median(seconds[1:])), matrix_rate(device)
+    took = float(np.median(seconds[1:]))
+    rate = matrix_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     runtime.say(
         f"{config.model} on {runtime.world()} {device.type}, {config.per_gpu} pairs each, {len(packed.ids)} tokens: "
         f"{took:.3f} s a step, {runtime.world() * config.per_gpu / took:.2f} pairs/s, "

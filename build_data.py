@@ -680,15 +680,20 @@ def check_toy(method, config, data_path):
         raise ValueError(f"--data {data_path}: no such file. Build it with build_data.py {method} --out {data_path}")
 
 
+def build_world(config):
+    """The toy world with what its table needs: scenes, base model, held-out pairs. What is there already is kept."""
+    runtime.first_alone(lambda: build_toy(config))
+    for split in ("val", "test"):
+        source, out = Path(config.out) / f"{split}.jsonl", Path(config.out) / f"mfpo_{split}.jsonl"
+        if not runtime.first_alone(out.is_file):
+            base = str(Path(config.out) / "base")
+            build_mfpo(MfpoConfig(source=str(source), out=str(out), model=base, seed=config.seed))
+
+
 def prepare_toy(folder, seed):
     """Build what the toy world in `folder` lacks, but for the records to train on. Returns the base model's folder."""
-    runtime.first_alone(lambda: build_toy(ToyConfig(out=str(folder), seed=seed)))
-    base = str(folder / "base")
-    for split in ("val", "test"):
-        source, out = folder / f"{split}.jsonl", folder / f"mfpo_{split}.jsonl"
-        if not runtime.first_alone(out.is_file):
-            build_mfpo(MfpoConfig(source=str(source), out=str(out), model=base, seed=seed))
-    return base
+    build_world(ToyConfig(out=str(folder), seed=seed))
+    return str(folder / "base")
 
 
 # ---------------------------------------------------------------------------------------- `build_data.py mbpo`
@@ -970,7 +975,7 @@ def keep_questions(config, out):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     commands = {
-        "toy": (ToyConfig, lambda config: runtime.first_alone(lambda: build_toy(config))),
+        "toy": (ToyConfig, build_world),
         "mfpo": (MfpoConfig, build_mfpo),
         "mbpo": (MbpoConfig, build_mbpo),
     }

@@ -40,6 +40,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 MAX_PIXELS = 50_000_000  # larger images are refused: a decompression bomb would take the machine down (ours)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # load_image checks MAX_PIXELS instead
 MAX_SIDE, MAX_ASPECT = 14_000, 100  # so are long ones, for LLaVA pads to a square of the longer side (ours)
 MFPO_FIELDS = dict.fromkeys(("id", "image", "question", "chosen", "rejected", "image_rejected"), str)
 MBPO_FIELDS = dict.fromkeys(("id", "image", "question", "chosen", "rejected"), str)
@@ -141,14 +142,12 @@ def load_image(file, name=""):
     """
     name = name or file
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked below
-            with Image.open(file) as image:
-                check_shape(name, *image.size)
-                if image.mode[0] in "IF":  # their conversion to RGB clips: most of such an image would become white
-                    message = f"{name}: has {image.mode} pixels, of more than 8 bits. Convert it to an 8-bit image"
-                    raise BadRecord("image not of 8 bits", message)
-                return ImageOps.exif_transpose(image).convert("RGB")
+        with Image.open(file) as image:
+            check_shape(name, *image.size)
+            if image.mode[0] in "IF":  # their conversion to RGB clips: most of such an image would become white
+                message = f"{name}: has {image.mode} pixels, of more than 8 bits. Convert it to an 8-bit image"
+                raise BadRecord("image not of 8 bits", message)
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise BadRecord("image missing", f"{name}: no such image. Put it there or delete the record") from None
     except BadRecord:

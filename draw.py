@@ -1,7 +1,7 @@
 """
 Pictures: contact sheets of distortions and attacks, curves over runs and steps, attention over an image.
 
-They get what is to be drawn, ready, and draw it with Pillow: nothing here computes a number or asks a model.
+They get what is to be drawn and draw it with Pillow: nothing here measures anything or asks a model.
 """
 
 import re
@@ -165,7 +165,8 @@ def draw_maps(records, folder, grids, path, names, word, square, zoom=192):
 
 def draw_margins(runs, path, width=380, height=260):
     """
-    Text and image reward margins over the steps of some runs, a panel each, all on one scale: MFPO's fairness figure.
+    Text and image reward margins over the steps of some runs, a panel each, all on one scale, as means over 10 steps:
+    MFPO's fairness figure.
 
     runs   {title: [{"step", "text_margin", "image_margin", ...}, ...]}, nats of reward (beta * log-ratio), a step each
     """
@@ -186,7 +187,7 @@ def draw_margins(runs, path, width=380, height=260):
         for value in (low, (low + high) / 2, high):
             down = top + height - (value - low) / (high - low) * height
             pen.text((left - 6, down), f"{value:.1f}", fill="black", font_size=12, anchor="rm")
-        last = f"step {runs[title][-1]['step']}"
+        last = f"to step {runs[title][-1]['step']}, means over 10"
         pen.text((left + width, top + height + 6), last, fill="black", font_size=12, anchor="ra")
         for k, (side, colour) in enumerate(sides.items()):
             line = of_run[side]
@@ -197,14 +198,15 @@ def draw_margins(runs, path, width=380, height=260):
     sheet.save(path)
 
 
-def draw_story(rows, folder, path, zoom=160):
+def draw_story(rows, folder, path, attack, zoom=160):
     """
     The front page, a row a scene: the image, the same with its key regions noised (MFPO), the same attacked (MBPO), and
     what models say.
 
-    rows   {"images": three names in `folder`, "said": [(who, text, red: a bool for each word of text), ...]}
+    rows     {"images": three names in `folder`, "said": [(who, text, red: a bool for each word of text), ...]}
+    attack   title of the third column
     """
-    titles = ("the image", "key regions noised", "attacked, eps 4/255", "what is said; in red what is not there")
+    titles = ("the image", "key regions noised", attack, "what is said; in red what is not there")
     sheet = Image.new("RGB", (3 * (zoom + 10) + 640, len(rows) * (zoom + 10) + 30), "white")
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):

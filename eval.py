@@ -735,7 +735,8 @@ def draw_story(config, place, count=3):
     folder, mined_at = Path(config.data), Path(config.attacked)
     distorted = {r["image"]: r["image_rejected"] for _, r in data.read_jsonl(folder / f"mfpo_{config.split}.jsonl")}
     scenes = {r["image"]: r for _, r in data.read_jsonl(folder / f"{config.split}.jsonl")}
-    mined = [r for _, r in data.read_jsonl(mined_at) if r["image"] in distorted and r["image"] in scenes]
+    mined = [r for _, r in data.read_jsonl(mined_at) if isinstance(r, dict) and "image_attacked" in r]
+    mined = [r for r in mined if r["image"] in distorted and r["image"] in scenes]
     if mined_at.parent.resolve() != folder.resolve() or not mined:
         raise ValueError(
             f"--attacked {mined_at}: mines no scene of {folder}/{config.split}.jsonl. Build it: build_data.py mbpo "
@@ -761,7 +762,11 @@ def draw_story(config, place, count=3):
         told = [(who, text, ["[" in word for word in marked(text, kinds).split()]) for who, text in lines]
         images = record["image"], distorted[record["image"]], record["image_attacked"]
         shown.append({"images": images, "said": told})
-    draw.draw_story(shown, folder, config.story)
+    if not shown:
+        raise ValueError(f"--story: {config.base} invents nothing in the scenes of {mined_at}: nothing to show")
+    eps = f"attacked, eps {mined[0]['attack']['eps'] * 255:.3g}/255"
+    if runtime.rank() == 0:
+        draw.draw_story(shown, folder, config.story, eps)
     return f"wrote {config.story}"
 
 
@@ -769,10 +774,11 @@ def draw_margins(path, *folders):
     """Text and image reward margins over the steps of finished MFPO runs, into the PNG `path`."""
     runs = {}
     for folder in map(Path, folders):
-        if not (folder / "metrics.jsonl").is_file():
-            raise ValueError(f"--margins {folder}: holds no metrics.jsonl, so no run. Name such as out/mfpo-1")
-        runs[folder.name] = [line for _, line in data.read_jsonl(folder / "metrics.jsonl")]
-        if "image_margin" not in runs[folder.name][0]:
+        steps = [line for _, line in data.read_jsonl(folder / "metrics.jsonl")] if folder.is_dir() else []
+        if not steps or any(isinstance(line, data.BadRecord) for line in steps):
+            raise ValueError(f"--margins {folder}: holds no whole metrics.jsonl, so no finished run. Name another")
+        runs[str(folder)] = steps
+        if "image_margin" not in steps[0]:
             raise ValueError(
                 f"--margins: {folder} measured no image margin. A run with --image_weight 1e-9 does, and trains "
                 "nothing with it"

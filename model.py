@@ -189,12 +189,10 @@ class Policy(nn.Module):
                   what goes to the image, the rest goes to the text;   nats
         """
         ids = torch.tensor([row.prefix + row.answers[0][:at]], device=pixels.device)
-        before = self.hf.config._attn_implementation
-        self.hf.set_attn_implementation("eager")  # the others do not tell what they attend to
-        out = self.hf.model.language_model(
-            inputs_embeds=self.embed(ids, self.vision(pixels)), output_attentions=True, use_cache=False
-        )
-        self.hf.set_attn_implementation(before)
+        language, embeds = self.hf.model.language_model, self.embed(ids, self.vision(pixels))
+        language.set_attn_implementation("eager")  # the others do not tell what they attend to
+        out = language(inputs_embeds=embeds, output_attentions=True, use_cache=False)
+        language.set_attn_implementation("packed")
         weights = torch.stack(out.attentions)[:, 0, :, -1].float().mean((0, 1))  # (layers, heads, L, L) -> (L,)
         patches = weights[ids[0] == self.image_id]
         logp = self.hf.lm_head(out.last_hidden_state[0, -1]).float().log_softmax(-1)[row.answers[0][at]]

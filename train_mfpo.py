@@ -101,14 +101,6 @@ class Config:
                 raise ValueError(f"--{name} {getattr(self, name)!r}: use one of {', '.join(choices)}")
 
 
-def prepare_toy(folder, seed):
-    """Build what the toy world in `folder` lacks: scenes, base model, records. Returns the base model's folder."""
-    base, source, out = build_data.prepare_toy(folder, seed), folder / "preference.jsonl", folder / "mfpo.jsonl"
-    if not runtime.first_alone(out.is_file):
-        build_data.build_mfpo(build_data.MfpoConfig(source=str(source), out=str(out), model=base, seed=seed))
-    return base
-
-
 def reference_pass(policy, records, rows, data_path, name, batch):
     """
     One pass without gradients over all records, cached in ref_<name>.jsonl beside them: no reference model has to
@@ -177,7 +169,12 @@ def main():
     folder, base = data_path.parent, config.model
     if base == "toy":
         build_data.check_toy("mfpo", config, data_path)
-        base = prepare_toy(folder, config.seed)
+        base = build_data.prepare_toy(folder, config.seed)
+        if not runtime.first_alone(data_path.is_file):
+            source = str(folder / "preference.jsonl")
+            build_data.build_mfpo(
+                build_data.MfpoConfig(source=source, out=str(data_path), model=base, seed=config.seed)
+            )
     records = data.read_records(data_path, data.MFPO_FIELDS, config.skip_bad)
     place = functools.partial(runtime.shard, device=device, recompute=config.recompute)
     policy = model.load(base, config.train_vision, config.convention, True, config.lora_rank, place).train()

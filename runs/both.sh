@@ -29,6 +29,7 @@ for seed in $SEEDS; do
     [ -z "$prefix" ] || head -n 160 "$data/preference.jsonl" > "$source"
     pairs=$data/${prefix}both_pairs.jsonl mined=$data/${prefix}both_mined
     [ -f "$pairs" ] || python build_data.py mfpo --source "$source" --model "$data/base" --out "$pairs" --seed "$seed"
+    [ -d "$OUT/mfpo-$seed" ] || rm -rf "${mined}_after_mfpo"* # of another run's model
     train mfpo "$data/base" train_mfpo.py --data "$pairs" --epochs "$epochs"
     mine "$mined.jsonl" "$data/base"
     train mbpo "$data/base" train_mbpo.py --data "$mined.jsonl" --steps "$steps"

@@ -5,7 +5,7 @@
 #
 # SOURCE: answers to learn from, in any form that sources.py reads: LLaVA-mix, RLHF-V (IMAGES: where its paths start).
 # QUESTIONS: about 2,000 closed-ended ones, made by build_data.py mbpo --source <ScienceQA, AI2D, MMStar or MME> --questions 2000.
-# Not yet run on GPUs. python bench.py --plan --model 7b --gpus 8: 35 GB a GPU, most of it while sampling, and 55 groups/s
+# Not yet run on GPUs. python bench.py --plan --model 7b --gpus 8: 30 GB a GPU, most of it while sampling, and 55 groups/s
 # at 40 % of an H100's peak, which sampling token by token will not reach: plan for a third. 300 steps of 32 groups: 9 minutes
 # then. Mining costs 12 forward passes and 10 backward passes a record, and its answer token by token.
 set -euo pipefail

@@ -57,14 +57,15 @@ def world(tmp_path_factory):
     import build_data
     import model
     import toy
-    import train_mfpo
 
     folder = tmp_path_factory.mktemp("data") / "toy"
     folder.mkdir()
     stage = ("captions", 30, 0.0, 2e-3, 8, {"caption": 1}, "sloppy")
     model.save(toy.warm_up(0, vision_steps=2, stages=(stage,), images=64), folder / "base")
     build_data.build_toy(build_data.ToyConfig(out=str(folder), preference=25, heldout=13))
-    train_mfpo.prepare_toy(folder, 0)
+    base = build_data.prepare_toy(folder, 0)
+    source, out = str(folder / "preference.jsonl"), str(folder / "mfpo.jsonl")
+    build_data.build_mfpo(build_data.MfpoConfig(source=source, out=out, model=base))
     return folder
 
 

@@ -1,6 +1,7 @@
-"""The house as DESIGN has it: who may import whom, and nothing that only one machine has."""
+"""The house: who may import whom, and that the README speaks of what is there."""
 
 import ast
+import re
 
 import pytest
 from conftest import ROOT
@@ -51,8 +52,6 @@ def test_losses_know_tensors_only():
 
 def test_the_readme_names_what_exists():
     """Each `file.py` and `runs/x.sh` that the README speaks of is there, and each function that its tables name."""
-    import re
-
     text = (ROOT / "README.md").read_text()
     for name in set(re.findall(r"(?:(?:runs|tests|docs)/)?[\w/]+\.(?:py|sh|png)\b", text)):
         if name.startswith(("runs/", "docs/")) or (name.endswith(".py") and "/" not in name):

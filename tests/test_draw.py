@@ -34,9 +34,11 @@ def test_margins_are_drawn_to_one_scale(monkeypatch, capsys, tmp_path):
     assert tops[0] == 0 and tops[1] == pytest.approx(125, abs=4)
     text_only = [{"step": 1, "text_margin": 0.0}]
     (tmp_path / "b" / "metrics.jsonl").write_text("\n".join(map(json.dumps, text_only)))
-    assert "b measured no image margin" in refused(monkeypatch, capsys, eval, "--margins", tmp_path / "m.png", *folders)
+    assert "measured no image margin" in refused(monkeypatch, capsys, eval, "--margins", tmp_path / "m.png", *folders)
+    (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 1, "text_')
+    assert "no whole" in refused(monkeypatch, capsys, eval, "--margins", tmp_path / "m.png", *folders)
     told = refused(monkeypatch, capsys, eval, "--margins", tmp_path / "m.png", tmp_path / "none")
-    assert "holds no metrics.jsonl" in told
+    assert "holds no whole metrics.jsonl" in told
 
 
 def test_the_story_marks_what_is_not_there(world, monkeypatch, capsys, tmp_path):
@@ -51,10 +53,12 @@ def test_the_story_marks_what_is_not_there(world, monkeypatch, capsys, tmp_path)
     assert run_here(monkeypatch, eval, *args, "--attacked", mined, "--story", tmp_path / "s.png") == 0
     sheet = pixels_of(tmp_path / "s.png")
     assert is_red(sheet[30:, 520:]).any() and sheet.shape == (30 + 170 * min(3, len(images)), 3 * 170 + 640, 3)
-    told = refused(
-        monkeypatch, capsys, eval, *args, "--attacked", world / "preference.jsonl", "--story", tmp_path / "s.png"
-    )
-    assert "mines no scene" in told
+    for other in ("preference.jsonl", "mfpo_val.jsonl"):
+        told = refused(monkeypatch, capsys, eval, *args, "--attacked", world / other, "--story", tmp_path / "s.png")
+        assert "mines no scene" in told
+    monkeypatch.setattr(eval, "answer_all", lambda *args: ["Nothing."] * len(images))
+    told = refused(monkeypatch, capsys, eval, *args, "--attacked", mined, "--story", tmp_path / "s.png")
+    assert "invents nothing" in told
 
 
 def test_words_are_broken_before_the_edge():

@@ -483,7 +483,7 @@ def test_attention_over_the_image_adds_up_and_is_that_of_the_model(policy):
     assert eval.word_in(policy, record, "the")[0] == 0 and eval.word_in(policy, record, "cu") is None
     grid, logp = policy("attention", pixels, row, at)
     assert grid.shape == (4, 4) and (grid > 0).all() and 0 < grid.sum() < 1
-    batch = data.pack([row], pixels)
+    batch = data.pack([row, data.Row(row.prefix, row.answers * 2)], pixels.expand(2, -1, -1, -1))  # rows of two lengths
     assert logp == pytest.approx(policy("logps", batch)[0, at].item(), abs=1e-4)
     # A model whose queries are zero looks at all tokens alike.
     even = copy.deepcopy(policy)
