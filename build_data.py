@@ -993,6 +993,7 @@ def main(argv=None):
             f"--out {config.out}/mfpo.jsonl")  # fmt: skip
         return
     base = "" if Path(config.model) == Path(config.out).parent / "base" else f"--model {config.model} "
+    base += f"--convention {config.convention} " if config.convention else ""
     if argv[0] == "mfpo" and config.explain:
         say("next: the same without --explain builds the records")
     elif argv[0] == "mbpo" and asks_closed(config):

@@ -309,11 +309,17 @@ def main():
         say(f"\n{eval.samples_text(measured)}\n\n{eval.table_text(summaries)}\n")
         runtime.first_alone(lambda: runtime.write_text(run / "eval.json", json.dumps(summaries, indent=2)))
         say(f"wrote {run}/eval.json ({config.eval_split} scenes of {folder})")
-    say(
-        "next: torchrun train_mfpo.py --image_weight 0 --margin_weight 0   (text-only DPO, the contrast)\n"
-        "      bash runs/mfpo_ablation.sh"
-        + (f"\n      python eval.py --model {run}/final --base {base} --data {folder} --split val" if scenes else "")
-    )
+    if scenes:
+        say(
+            "next: torchrun train_mfpo.py --image_weight 0 --margin_weight 0   (text-only DPO, the contrast)\n"
+            "      bash runs/mfpo_ablation.sh\n"
+            f"      python eval.py --model {run}/final --base {base} --data {folder} --split val"
+        )
+    else:
+        say(
+            f"next: python eval.py --bench pope --model {run}/final --answers {run}/pope.jsonl "
+            "--questions <POPE's lines> --images <COCO's val2014>"
+        )
 
 
 if __name__ == "__main__":
