@@ -730,7 +730,7 @@ def compare_text(config, place):
     return "\n".join([*lines, f"95 % intervals by bootstrap over the same {count} scenes for both"])
 
 
-def draw_story(config, place, count=3):
+def draw_story(config, place, count=5):
     """The first scenes in which the base invents something and that were attacked: what each model says of them."""
     folder, mined_at = Path(config.data), Path(config.attacked)
     distorted = {r["image"]: r["image_rejected"] for _, r in data.read_jsonl(folder / f"mfpo_{config.split}.jsonl")}

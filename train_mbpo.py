@@ -423,7 +423,7 @@ def main():
         say(f"\n{eval.samples_text(measured)}\n\n{eval.table_text(summaries)}\n")
         runtime.first_alone(lambda: runtime.write_text(run / "eval.json", json.dumps(summaries, indent=2)))
         say(f"wrote {run}/eval.json ({config.eval_split} scenes of {folder})")
-    if scenes:
+    if (folder / "mfpo_val.jsonl").is_file():
         say(
             "next: torchrun train_mbpo.py --online_fraction 0   (the mined pairs alone)\n"
             "      bash runs/mbpo_ablation.sh\n"

@@ -52,7 +52,7 @@ def test_the_story_marks_what_is_not_there(world, monkeypatch, capsys, tmp_path)
     args = ["--data", world, "--base", world / "base", "--compare", world / "base", world / "base", "--split", "val"]
     assert run_here(monkeypatch, eval, *args, "--attacked", mined, "--story", tmp_path / "s.png") == 0
     sheet = pixels_of(tmp_path / "s.png")
-    assert is_red(sheet[30:, 520:]).any() and sheet.shape == (30 + 170 * min(3, len(images)), 3 * 170 + 640, 3)
+    assert is_red(sheet[30:, 520:]).any() and sheet.shape == (30 + 170 * min(5, len(images)), 3 * 170 + 640, 3)
     for other in ("preference.jsonl", "mfpo_val.jsonl"):
         told = refused(monkeypatch, capsys, eval, *args, "--attacked", world / other, "--story", tmp_path / "s.png")
         assert "mines no scene" in told
