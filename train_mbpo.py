@@ -8,7 +8,7 @@ the policy answers itself and a rule rewards.
 
 reads    <data>/mbpo.jsonl and <data>/mbpo_closed.jsonl with their images (format: data.py)
 writes   out/<run>/{config.json, metrics.jsonl, step_00050/, final/, eval.json}; continue with --resume out/<run>
-expect   laptop: CHAIR_s .51 -> .15, yes/no about partners .60 -> .85 in under 2 minutes (README.md)
+expect   laptop: CHAIR_s .51 -> .18, yes/no about partners .54 -> .89 in under 2 minutes (README.md)
 """
 
 import functools

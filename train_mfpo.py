@@ -7,7 +7,7 @@ MFPO (arXiv:2410.15334): preference tuning on pairs that differ in the answer or
 
 reads    <data>/mfpo.jsonl and its images (format: data.py)
 writes   out/<run>/{config.json, metrics.jsonl, step_00050/, final/, eval.json}; continue with --resume out/<run>
-expect   laptop: CHAIR_s .51 -> .12, recall .94 -> .92 in under 3 minutes (README.md)
+expect   laptop: CHAIR_s .51 -> .10, recall .94 -> .91 in about 3 minutes (README.md)
 """
 
 import functools
