@@ -17,12 +17,11 @@ def _check(*tensors):
     assert all(t.dtype in (torch.float32, torch.float64) for t in tensors), [t.dtype for t in tensors]
 
 
-# -------------------------------------------------------------------------------------------------------- MFPO
+# ------------------------------------------------------------------------------------------------------- MFPO
 
 
 def dpo_loss(policy_w, policy_l, ref_w, ref_l, beta):
-    """
-    L_text of MFPO (arXiv:2410.15334), which is DPO, Eq. 7 of Rafailov et al. 2023 (arXiv:2305.18290).
+    """L_text of MFPO (arXiv:2410.15334), which is DPO, Eq. 7 of Rafailov et al. 2023 (arXiv:2305.18290).
 
         L_text = -log sigmoid(beta * h(y_w|x,m) - beta * h(y_l|x,m))
 
@@ -38,8 +37,7 @@ def dpo_loss(policy_w, policy_l, ref_w, ref_l, beta):
 
 
 def image_loss(policy_w, policy_w_distorted, ref_w, ref_w_distorted, beta):
-    """
-    L_image of MFPO: the same answer y_w is preferred on the image m over the distorted image m'.
+    """L_image of MFPO: the same answer y_w is preferred on the image m over the distorted image m'.
 
         L_image = -log sigmoid(beta * h(y_w|x,m) - beta * h(y_w|x,m'))
 
@@ -53,8 +51,7 @@ def image_loss(policy_w, policy_w_distorted, ref_w, ref_w_distorted, beta):
 
 
 def margin_loss(policy_w, ref_w, beta, eta):
-    """
-    L_margin of MFPO: holds up the likelihood of the chosen answer, which DPO alone lets fall.
+    """L_margin of MFPO: holds up the likelihood of the chosen answer, which DPO alone lets fall.
 
         L_margin = -log sigmoid(beta * h(y_w|x,m) - eta)
 
@@ -69,28 +66,27 @@ def margin_loss(policy_w, ref_w, beta, eta):
 
 
 def fairness(text_margin, image_margin):
-    """
-    How evenly a model was tuned on its two modalities: 1 is even, 0 or less means one of them was ignored.
+    """How evenly a model was tuned on its two modalities: 1 is even, 0 or less means one of them was ignored.
 
         fairness = min(mean R_text, mean R_image) / max(mean R_text, mean R_image)
 
-    text_margin    (B,) nats, h(y_w|m) - h(y_l|m), over held-out records
-    image_margin   (B,) nats, h(y_w|m) - h(y_w|m'); a common factor such as beta cancels
-    returns  a scalar in (-inf, 1]; nan where the larger mean is not positive (an untrained policy prefers nothing)
+    text_margin    (...) nats, the mean of h(y_w|m) - h(y_l|m) over held-out records
+    image_margin   (...) nats, the mean of h(y_w|m) - h(y_w|m'); a common factor such as beta cancels
+    returns  (...) in (-inf, 1]; nan where the larger mean is not positive (an untrained policy prefers
+             nothing)
 
-    DEVIATION: MFPO shows a bar chart of both mean rewards and gives no formula; the ratio is ours.
+    DEVIATION: MFPO shows a bar chart of both mean rewards; the ratio is ours.
     """
     _check(text_margin, image_margin)
-    low, high = torch.stack([text_margin.mean(), image_margin.mean()]).sort().values
+    low, high = torch.minimum(text_margin, image_margin), torch.maximum(text_margin, image_margin)
     return torch.where(high > 0, low / high, torch.full_like(high, torch.nan))
 
 
-# -------------------------------------------------------------------------------------------------------- MBPO
+# ------------------------------------------------------------------------------------------------------- MBPO
 
 
 def information_gain(token_logp, blank_token_logp, mask):
-    """
-    Image information gain of MBPO (arXiv:2506.08022): how much the image helps to say the answer.
+    """Image information gain of MBPO (arXiv:2506.08022): how much the image helps to say the answer.
 
         IIG = 1/T * sum_t [log pi(y_t|x,m,y_<t) - log pi(y_t|x,blank,y_<t)]
 
@@ -98,7 +94,7 @@ def information_gain(token_logp, blank_token_logp, mask):
     mask                           (B, T) bool, True at the answer's tokens
     returns  (B,) nats per token
 
-    DEVIATION: the paper does not print its formula; blank (the processor's mean colour) and the mean are ours.
+    DEVIATION: this form is ours: the paper's could not be found. Blank is the processor's mean colour.
     """
     _check(token_logp, blank_token_logp)
     gain = torch.where(mask, token_logp - blank_token_logp, 0.0)  # (B, T)
@@ -106,8 +102,7 @@ def information_gain(token_logp, blank_token_logp, mask):
 
 
 def group_advantages(rewards):
-    """
-    How much better each answer is than the others to the same question, MBPO's GRPO (Shao et al. 2024,
+    """How much better each answer is than the others to the same question, MBPO's GRPO (Shao et al. 2024,
     arXiv:2402.03300, Section 4.1.2).
 
         A_i = (r_i - mean(r)) / (std(r) + 1e-4)
@@ -127,8 +122,7 @@ def group_advantages(rewards):
 
 
 def kl_k3(token_logp, ref_token_logp):
-    """
-    An estimate of KL(pi || ref) from the tokens that were said, GRPO Eq. 4; never negative ("k3", Schulman 2020).
+    """An estimate of KL(pi || ref) from the tokens that were said, GRPO Eq. 4; never negative ("k3", Schulman 2020).
 
         k3 = exp(d) - d - 1,   d = log ref(y_t) - log pi(y_t)
 
@@ -141,21 +135,21 @@ def kl_k3(token_logp, ref_token_logp):
 
 
 def grpo_loss(token_logp, old_token_logp, ref_token_logp, advantage, mask, clip, kl):
-    """
-    The loss of MBPO (arXiv:2506.08022), which is GRPO, Eq. 3 of Shao et al. 2024, for each answer of a group.
+    """The loss of MBPO (arXiv:2506.08022), which is GRPO, Eq. 3 of Shao et al. 2024, for each answer of a group.
 
         loss_i = -mean_t { min[rho_t A_i, clip(rho_t, 1 - e, 1 + e) A_i] - kl * k3_t },   rho_t = exp(logp - logp_old)
 
     token_logp       (A, T) float32 nats, of the A answers of some groups under the policy
-    old_token_logp   (A, T) the same when the answers were said, a constant. DEVIATION: no policy of ours said the
-                     offline answers, and the paper does not say what stands here; ours is the policy before the update
+    old_token_logp   (A, T) the same when the answers were said, a constant. DEVIATION: no policy of ours said
+                     the offline answers; what stands for them here is ours, the policy before the update
     ref_token_logp   (A, T) the same under the frozen reference
     advantage        (A,)   from `group_advantages`;   mask  (A, T) bool, True at the answer's tokens
     clip             e, how far the ratio rho may count;   kl  weight of the KL term
-    returns  loss (A,); for the log, detached: the share of tokens that are clipped (A,) and the mean KL (A,), nats
+    returns  loss (A,); for the log, detached: the share of tokens that are clipped (A,) and the mean KL (A,),
+             nats
 
-    With one update per rollout rho is 1, the loss is -A_i, and clipping never acts: only the KL term and the
-    learning rate then bound how far offline answers, whose advantages never shrink, push the policy.
+    With one update per rollout rho is 1, the loss is -A_i, and clipping never acts: only the KL term and the learning
+    rate then bound how far offline answers, whose advantages never shrink, push the policy.
     """
     _check(token_logp, old_token_logp, ref_token_logp)
     assert mask.shape == token_logp.shape and advantage.shape == mask.shape[:1]

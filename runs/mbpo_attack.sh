@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How strong an attack should be: what the base model says about attacked scenes, over sizes and kinds of attack.
 #
-#   bash runs/mbpo_attack.sh              seeds 0 1 2 3 4, all test scenes, about 8 minutes; prints the table of the README
+#   bash runs/mbpo_attack.sh              seeds 0 1 2 3 4, all test scenes, about 8 minutes; prints the table of docs/results.md
 #   bash runs/mbpo_attack.sh --quick      seed 0, two sizes: shows that it runs
 #   SEEDS=0 EPS="4 6" SPLIT=val bash runs/mbpo_attack.sh
 set -euo pipefail
@@ -10,7 +10,7 @@ SEEDS=${SEEDS:-0 1 2 3 4} EPS=${EPS:-2 4 8 16} DATA=${DATA:-data} folders=""
 if [ "${1:-}" = --quick ]; then SEEDS=0 EPS="4 8"; fi
 for seed in $SEEDS; do
     data=$DATA/toy-$seed
-    folders=$folders${folders:+,}$data
+    folders="$folders $data"
     python build_data.py toy --out "$data" --seed "$seed"
     rm -rf "$data"/attack_*
     for attack in pgd random; do
@@ -20,4 +20,4 @@ for seed in $SEEDS; do
         done
     done
 done
-python eval.py --mined "$folders"
+python eval.py mined $folders

@@ -1,7 +1,7 @@
-"""Words to regions with the real classes of transformers and tiny random weights: the code path, not the quality."""
+"""Words to regions with transformers' real classes and tiny random weights: the path, not the quality."""
 
 import json
-from pathlib import Path
+import re
 
 import huggingface_hub
 import numpy as np
@@ -10,364 +10,300 @@ import torch
 import transformers
 from conftest import refused, run_here
 from PIL import Image
-from test_sources import ANSWERS, GOOD, picture, write
+from transformers import AutoConfig, BertTokenizer, CLIPTokenizer
+from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 import build_data
 import data
 import grounding
+from runtime import Mistake
 
 NEW = [int(n) for n in transformers.__version__.split(".")[:2]] >= [5, 23]
 dino_works = pytest.mark.skipif(not NEW, reason="transformers before 5.23 runs Grounding DINO wrongly")
+CPU = torch.device("cpu")
 
-WORDS = """a an the of on with cup spoon dog cat man woman table chair car tree book ball red blue green white black
-big small dining remote control person""".split()
+# -------------------------------------------------------------------------------------------- tiny models
+
+WORDS = "cup spoon dog cat book ball red blue dining table control remote person".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+DINO = """
+{"d_model": 64, "encoder_layers": 1, "encoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_layers": 2,
+ "decoder_ffn_dim": 32, "decoder_attention_heads": 2, "num_queries": 20, "init_std": 0.3,
+ "backbone_config": {"model_type": "swin", "image_size": 64, "embed_dim": 16, "depths": [1, 1, 1, 1],
+    "num_heads": [1, 1, 2, 2], "window_size": 4, "out_indices": [2, 3, 4], "initializer_range": 0.2},
+ "text_config": {"model_type": "bert", "vocab_size": 1030, "hidden_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "intermediate_size": 64, "initializer_range": 0.5}}
+"""
+SAM = """
+{"initializer_range": 0.2,
+ "vision_config": {"hidden_size": 32, "output_channels": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 64, "patch_size": 8, "window_size": 4, "global_attn_indexes": [1], "num_pos_feats": 16,
+    "mlp_ratio": 2.0, "initializer_range": 0.2},
+ "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "patch_size": 8, "mask_input_channels": 4},
+ "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "iou_head_hidden_dim": 16}}
+"""
+SAM_IMAGES = """
+{"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64},
+ "mask_size": {"longest_edge": 16}, "mask_pad_size": {"height": 16, "width": 16}}
+"""
+SAM3 = """
+{"initializer_range": 0.2,
+ "vision_config": {"model_type": "sam3_vision_model", "fpn_hidden_size": 32,
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    "backbone_config": {"model_type": "sam3_vit_model", "hidden_size": 32, "intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "pretrain_image_size": 28,
+        "window_size": 2, "global_attn_indexes": [1], "initializer_range": 0.2}},
+ "text_config": {"model_type": "clip_text_model", "vocab_size": 82, "hidden_size": 32, "projection_dim": 16,
+    "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32,
+    "bos_token_id": 80, "eos_token_id": 81, "pad_token_id": 81},
+ "geometry_encoder_config": {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1,
+    "num_attention_heads": 2},
+ "detr_encoder_config": {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1,
+    "num_attention_heads": 2},
+ "detr_decoder_config": {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1,
+    "num_attention_heads": 2, "num_queries": 8},
+ "mask_decoder_config": {"hidden_size": 32, "num_attention_heads": 2, "num_upsampling_stages": 3}}
+"""
 
 
 def bert_vocab():
-    """Word -> id.  Grounding DINO has [CLS] 101, [SEP] 102, "." 1012 and "?" 1029 written into its code."""
-    fixed = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1010: ",", 1012: ".", 1029: "?"}
-    words = iter(WORDS + [c for c in LETTERS if c not in WORDS] + ["##" + c for c in LETTERS] + ["-", "'", "##s"])
-    seen, tokens = set(), []
-    for i in range(1030):
-        token = fixed.get(i) or next((w for w in words if w not in seen), None) or f"[unused{i}]"
-        seen.add(token)
-        tokens.append(token)
-    return {token: i for i, token in enumerate(tokens)}
+    """Word -> id. Grounding DINO has [CLS] 101, [SEP] 102, "." 1012 and "?" 1029 written into its code."""
+    fixed = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}
+    words = iter([*WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS)])
+    return {fixed.get(i) or next(words, f"[unused{i}]"): i for i in range(1030)}
 
 
-def make_grounding_dino(folder, seed=0):
-    from transformers import (
-        BertConfig,
-        BertTokenizer,
-        GroundingDinoConfig,
-        GroundingDinoForObjectDetection,
-        GroundingDinoProcessor,
-        SwinConfig,
-    )
-    from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
-
-    vocab = bert_vocab()
-    config = GroundingDinoConfig(
-        backbone_config=SwinConfig(
-            image_size=64,
-            embed_dim=16,
-            depths=[1, 1, 1, 1],
-            num_heads=[1, 1, 2, 2],
-            window_size=4,
-            out_indices=[2, 3, 4],
-            initializer_range=0.2,
-        ),
-        text_config=BertConfig(
-            vocab_size=len(vocab),
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=64,
-            initializer_range=0.5,
-        ),
-        d_model=64,
-        encoder_layers=1,
-        encoder_ffn_dim=32,
-        encoder_attention_heads=2,
-        decoder_layers=2,
-        decoder_ffn_dim=32,
-        decoder_attention_heads=2,
-        num_queries=20,
-        init_std=0.3,
-    )
-    torch.manual_seed(seed)
-    model = GroundingDinoForObjectDetection(config).eval()
-    with torch.no_grad():  # a fresh box head is zero (boxes = the anchor grid); a fresh norm makes scores of 0 or 1
-        model.bbox_embed[0].layers[-1].weight.normal_(0, 0.1)
-        model.model.decoder.layer_norm.weight.fill_(0.2)
-    model.tie_weights()  # all layers share the first box head
-    processor = GroundingDinoProcessor(
-        GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128}),
-        BertTokenizer(vocab=vocab, model_max_length=512),
-    )
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def make_sam(folder, seed=0, side=64):
-    from transformers import (
-        SamConfig,
-        SamMaskDecoderConfig,
-        SamModel,
-        SamProcessor,
-        SamPromptEncoderConfig,
-        SamVisionConfig,
-    )
-    from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
-
-    config = SamConfig(
-        vision_config=SamVisionConfig(
-            hidden_size=32,
-            output_channels=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=side,
-            patch_size=8,
-            window_size=4,
-            global_attn_indexes=[1],
-            num_pos_feats=16,
-            mlp_ratio=2.0,
-            initializer_range=0.2,
-        ),
-        prompt_encoder_config=SamPromptEncoderConfig(
-            hidden_size=32, image_size=side, patch_size=8, mask_input_channels=4
-        ),
-        mask_decoder_config=SamMaskDecoderConfig(
-            hidden_size=32, mlp_dim=32, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=16
-        ),
-        initializer_range=0.2,
-    )
-    torch.manual_seed(seed)
-    model = SamModel(config).eval()
-    processor = SamProcessor(
-        SamImageProcessorPil(
-            size={"longest_edge": side},
-            pad_size={"height": side, "width": side},
-            mask_size={"longest_edge": side // 4},
-            mask_pad_size={"height": side // 4, "width": side // 4},
-        )
-    )
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def make_sam3(folder, seed=0, side=56):
-    """Sam3Model + a CLIP tokenizer.  Its image processor needs torchvision, so its settings are written by hand."""
-    from transformers import CLIPTextConfig, CLIPTokenizer, Sam3Config, Sam3Model
-    from transformers.models.sam3 import configuration_sam3 as c
-
-    letters = [*LETTERS, ".", ",", "-", "'"]
-    tokens = letters + [c + "</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=32)
-    cells = side // 14
-    small = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = Sam3Config(
-        vision_config=c.Sam3VisionConfig(
-            backbone_config=c.Sam3ViTConfig(
-                hidden_size=32,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                image_size=side,
-                pretrain_image_size=side // 2,
-                window_size=2,
-                global_attn_indexes=[1],
-                initializer_range=0.2,
-            ),
-            fpn_hidden_size=32,
-            backbone_feature_sizes=[[cells * s, cells * s] for s in (4, 2, 1)],
-        ),
-        text_config=CLIPTextConfig(
-            vocab_size=len(tokens),
-            hidden_size=32,
-            intermediate_size=32,
-            projection_dim=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            bos_token_id=len(tokens) - 2,
-            eos_token_id=len(tokens) - 1,
-            pad_token_id=len(tokens) - 1,
-        ).to_dict(),
-        geometry_encoder_config=c.Sam3GeometryEncoderConfig(**small),
-        detr_encoder_config=c.Sam3DETREncoderConfig(**small),
-        detr_decoder_config=c.Sam3DETRDecoderConfig(**small, num_queries=8),
-        mask_decoder_config=c.Sam3MaskDecoderConfig(hidden_size=32, num_attention_heads=2, num_upsampling_stages=3),
-        initializer_range=0.2,
-    )
-    torch.manual_seed(seed)
-    model = Sam3Model(config).eval()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    image = {
-        "image_processor_type": "Sam3ImageProcessor",
-        "size": {"height": side, "width": side},
-        "mask_size": {"height": cells * 4, "width": cells * 4},
-        "do_resize": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "do_convert_rgb": True,
-        "resample": 2,
-    }
-    Path(folder, "processor_config.json").write_text(
-        json.dumps(
-            {"processor_class": "Sam3Processor", "image_processor": image, "target_size": side, "point_pad_value": -10},
-            indent=2,
-        )
-    )
+def made(model_class, kind, config):
+    torch.manual_seed(0)
+    return model_class(AutoConfig.for_model(kind, **json.loads(config))).eval()
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
+    """Folders dino, sam and sam3, as on the hub."""
     folder = tmp_path_factory.mktemp("grounders")
-    for name, make in (("dino", make_grounding_dino), ("sam", make_sam), ("sam3", make_sam3)):
-        make(folder / name)
+    dino = made(transformers.GroundingDinoForObjectDetection, "grounding-dino", DINO)
+    with torch.no_grad():  # a fresh box head is zero (boxes = the anchor grid); a fresh norm makes scores of 0 or 1
+        dino.bbox_embed[0].layers[-1].weight.normal_(0, 0.1)
+        dino.model.decoder.layer_norm.weight.fill_(0.2)
+    dino.tie_weights()  # all layers share the first box head
+    images = GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
+    reader = transformers.GroundingDinoProcessor(images, BertTokenizer(vocab=bert_vocab(), model_max_length=512))
+    cutter = transformers.SamProcessor(SamImageProcessorPil(**json.loads(SAM_IMAGES)))
+    letters = [*LETTERS, ".", ",", "-", "'"]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=32)
+    sam, sam3 = made(transformers.SamModel, "sam", SAM), made(transformers.Sam3Model, "sam3", SAM3)
+    for name, parts in (("dino", (dino, reader)), ("sam", (sam, cutter)), ("sam3", (sam3, tokenizer))):
+        for part in parts:
+            part.save_pretrained(folder / name)
     return folder
 
 
-IMAGES = [picture(0), picture(1), Image.new("RGB", (1, 1), "red"), Image.new("RGB", (400, 10), "blue")]
-NAMED = [["cup", "spoon"], ["dog"], ["cat"], []]
-CPU = torch.device("cpu")
+def picture(n):
+    """A photograph of its own for each n, landscape, portrait or square."""
+    rng, size = np.random.default_rng(n), [(40, 70, 3), (90, 50, 3), (64, 64, 3)][n % 3]
+    return Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8))
+
+
+# A pixel, and as thin a strip as data.load_image accepts: the processors round its short side to some pixels.
+IMAGES = [picture(0), picture(1), Image.new("RGB", (1, 1), "red"), picture(2).resize((160, 10)), picture(2)]
+NAMED = [["cup", "spoon"], ["dog"], ["cat"], ["red", "book"], []]
+
+
+def check_regions(answers, threshold):
+    assert all(regions for regions, _ in answers[:4]) and answers[4][0] == []
+    for (regions, _), image, words in zip(answers, IMAGES, NAMED, strict=True):
+        assert {region["word"] for region in regions} <= set(words)
+        assert all(threshold < region["score"] <= 1 for region in regions)
+        for x0, y0, x1, y1 in (region["box"] for region in regions):
+            assert 0 <= x0 <= x1 <= image.width and 0 <= y0 <= y1 <= image.height
+
+
+# ------------------------------------------------------------------------------------- what the models find
 
 
 @dino_works
 def test_boxes_of_grounding_dino_lie_in_the_image_and_carry_the_asked_words(models):
+    assert max(IMAGES[3].size) == data.MAX_ASPECT * min(IMAGES[3].size)
     find = grounding.load(str(models / "dino"), "", CPU)
-    found = find(IMAGES, NAMED, 0.3)
-    assert [mask for _, mask in found] == [None] * 4 and found[3][0] == []
-    for (regions, _), image, words in zip(found[:3], IMAGES, NAMED, strict=False):
-        assert regions and {region["word"] for region in regions} <= set(words)
-        assert all(0.3 < region["score"] <= 1 for region in regions)
-        for x0, y0, x1, y1 in (region["box"] for region in regions):
-            assert 0 <= x0 <= x1 <= image.width and 0 <= y0 <= y1 <= image.height
-    assert find(IMAGES[:1], NAMED[:1], 0.99)[0][0] == []
+    answers = find(IMAGES, NAMED, 0.3)
+    check_regions(answers, 0.3)
+    assert [mask for _, mask in answers] == [None] * 5
+    for regions, _ in answers:
+        scores = [region["score"] for region in regions]
+        assert scores == sorted(scores, reverse=True)
+    assert find(IMAGES[:1], NAMED[:1], 0.99) == [([], None)] and find(IMAGES[4:], [[]], 0.0) == [([], None)]
 
 
 @dino_works
 def test_a_word_has_the_score_of_its_own_tokens(models):
-    """Against transformers' own outputs, read plainly for one image and two words of one token each."""
+    """Against transformers' own outputs, read plainly for one image; each word has two tokens."""
     model = transformers.GroundingDinoForObjectDetection.from_pretrained(models / "dino").eval()
     processor = transformers.AutoProcessor.from_pretrained(models / "dino")
-    inputs = processor(images=IMAGES[0], text="cup. spoon. ", return_tensors="pt")
+    inputs = processor(images=IMAGES[0], text="remote control. dining table. ", return_tensors="pt")
+    tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+    assert tokens == ["[CLS]", "remote", "control", ".", "dining", "table", ".", "[SEP]"]
     with torch.no_grad():
         out = model(**inputs)
-    assert inputs["input_ids"].shape == (1, 6)  # [CLS] cup . spoon . [SEP]
-    scores = out.logits[0, :, [1, 3]].sigmoid()  # (queries, words)
-    best = {(("cup", "spoon")[row.argmax()], round(row.max().item(), 3)) for row in scores if row.max() > 0.3}
+    expected = []
+    for query in range(20):
+        p = out.logits[0, query].sigmoid().tolist()
+        scores = {"Remote control?": max(p[1], p[2]), "dining table": max(p[4], p[5])}
+        word = max(scores, key=scores.get)
+        x, y, w, h = (out.pred_boxes[0, query] * torch.tensor([70, 40, 70, 40])).tolist()
+        box = np.clip([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 0, [70, 40, 70, 40])
+        expected.append((word, scores[word], pytest.approx(box, abs=0.06)))
     find = grounding.load(str(models / "dino"), "", CPU)
-    assert {(r["word"], r["score"]) for r in find(IMAGES[:1], NAMED[:1], 0.3)[0][0]} <= best
-    top = max(find(IMAGES[:1], NAMED[:1], 0.3)[0][0], key=lambda r: r["score"])
-    q = scores.max(1).values.argmax()
-    x, y, w, h = (out.pred_boxes[0, q] * torch.tensor([70, 40, 70, 40])).tolist()
-    assert np.allclose(
-        top["box"], np.clip([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 0, [70, 40, 70, 40]), atol=0.06
-    )
+    ((regions, _),) = find(IMAGES[:1], [["Remote control?", "dining table"]], 0.3)
+    expected = [region for region in sorted(expected, key=lambda region: -region[1]) if region[1] > 0.3]
+    assert {word for word, *_ in expected} == {"Remote control?", "dining table"}
+    assert [(region["word"], region["box"]) for region in regions] == [(word, box) for word, _, box in expected]
+    assert [region["score"] for region in regions] == pytest.approx([p for _, p, _ in expected], abs=6e-4)
+
+
+def test_what_grounding_dino_is_asked():
+    """One text of all words; the marks that end a phrase are taken out of them."""
+    words = ["cup", "dining table", "St. Bernard", "who?", " two  words "]
+    assert grounding.asked_text(words) == "cup. dining table. st bernard. who. two words. "
 
 
 @dino_works
-def test_masks_of_sam_have_the_image_size_and_do_not_depend_on_their_neighbours(models):
+def test_more_words_than_grounding_dino_reads_are_refused(models):
+    find = grounding.load(str(models / "dino"), "", CPU)
+    assert len(find(IMAGES[:1], [["cup"] * 127], 0.3)) == 1  # 127 words, as many dots, [CLS] and [SEP]
+    with pytest.raises(Mistake, match=r"cup\. cup.* over 256 tokens\. Lower --top"):
+        find(IMAGES[:1], [["cup"] * 128], 0.3)
+
+
+@dino_works
+def test_masks_of_sam_have_the_image_size_and_are_its_own(models):
     find = grounding.load(str(models / "dino"), str(models / "sam"), CPU)
-    found = find(IMAGES, NAMED, 0.3)
-    for (regions, masks), image in zip(found, IMAGES, strict=True):
+    answers = find(IMAGES, NAMED, 0.3)
+    check_regions(answers, 0.3)
+    for (regions, masks), image in zip(answers, IMAGES, strict=True):
         assert masks.shape == (len(regions), image.height, image.width) and masks.dtype == bool
-    assert 0 < found[0][1].mean() < 1
+    assert 0 < answers[0][1].mean() < 1
+    # Against a plain forward pass with one box at a time.
     sam = transformers.SamModel.from_pretrained(models / "sam").eval()
     processor = transformers.AutoProcessor.from_pretrained(models / "sam")
-    boxes = [[[5, 5, 30, 30]], [[0, 0, 20, 60], [10, 10, 40, 80]]]
-    together = grounding.boxes_to_masks(sam, processor, IMAGES[:2], boxes)
-    alone = [grounding.boxes_to_masks(sam, processor, [i], [b])[0] for i, b in zip(IMAGES[:2], boxes, strict=True)]
-    assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
+    for image, (regions, masks) in zip(IMAGES[:2], answers, strict=False):
+        for region, mask in zip(regions[:3], masks, strict=False):
+            inputs = processor(images=image, input_boxes=[[region["box"]]], return_tensors="pt")
+            sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+            with torch.no_grad():
+                boxes = inputs["input_boxes"].float()
+                low = sam(pixel_values=inputs["pixel_values"], input_boxes=boxes, multimask_output=False).pred_masks
+            assert np.array_equal(processor.post_process_masks(low, *sizes)[0][0, 0].numpy(), mask)
 
 
 def test_sam_3_finds_masks_of_words(models):
-    found = grounding.load(str(models / "sam3"), "", CPU)(IMAGES, NAMED, 0.2)
-    assert any(regions for regions, _ in found) and found[3][0] == []
-    for (regions, masks), image, words in zip(found, IMAGES, NAMED, strict=True):
-        assert masks.shape == (len(regions), image.height, image.width)
-        assert {region["word"] for region in regions} <= set(words)
+    answers = grounding.load(str(models / "sam3"), "", CPU)(IMAGES, NAMED, 0.1)
+    check_regions(answers, 0.1)
+    for (regions, masks), image in zip(answers, IMAGES, strict=True):
+        assert masks.shape == (len(regions), image.height, image.width) and masks.dtype == bool
 
 
-def test_a_thin_strip_is_filled_up_and_keeps_its_pixels():
-    strip = Image.new("RGB", (400, 10), "blue")
-    wide = grounding.squarer(strip)
-    assert wide.size == (400, 25) and wide.crop((0, 0, 400, 10)).tobytes() == strip.tobytes()
+def test_sam_3_against_a_plain_forward_pass(models):
+    """Word by word, each with an image of its own: ours shares the image's features between the words."""
+    sam3 = transformers.Sam3Model.from_pretrained(models / "sam3").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "sam3")
+    answers = grounding.text_to_masks(sam3, tokenizer, IMAGES[:2], [["cup", "spoon"], ["dog"]], 0.0)
+    for image, words, (regions, masks) in zip(IMAGES, (["cup", "spoon"], ["dog"]), answers, strict=False):
+        pixels = np.asarray(image.resize((56, 56), Image.Resampling.BILINEAR)) / 127.5 - 1
+        pixels = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]
+        for word in words:
+            text = tokenizer([word], padding="max_length", max_length=32, return_tensors="pt")
+            with torch.no_grad():
+                out = sam3(pixel_values=pixels, input_ids=text.input_ids, attention_mask=text.attention_mask)
+            sure = out.pred_logits[0].sigmoid() * out.presence_logits[0].sigmoid()
+            own = [k for k, region in enumerate(regions) if region["word"] == word]
+            assert [regions[k]["score"] for k in own] == pytest.approx(sure.tolist(), abs=2e-3)
+            size = image.size[::-1]
+            large = torch.nn.functional.interpolate(out.pred_masks.sigmoid(), size, mode="bilinear")[0] > 0.5
+            assert (masks[own] == large.numpy()).mean() > 0.99
+            boxes = out.pred_boxes[0] * torch.tensor(image.size * 2)
+            boxes = boxes.clamp(min=0).minimum(torch.tensor(image.size * 2))
+            assert np.allclose([regions[k]["box"] for k in own], boxes, atol=0.06)
 
 
-def test_many_words_are_asked_in_several_texts(models):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "dino")
-    words = ["cup", "dining table", "spoon."] * 20
-    texts = grounding.phrases(tokenizer, words, 32)
-    assert [word for _, named in texts for word in named] == words and len(texts) > 3
-    assert all(len(tokenizer(text)["input_ids"]) <= 32 and text.count(".") == len(named) for text, named in texts)
+# --------------------------------------------------------------------------------------------- in a build
+
+GOOD = {"id": "a", "image": "0.png", "question": "Describe the picture.", "chosen": "I see a red cup."}
+GOOD["rejected"] = "I see a blue spoon."
 
 
-@pytest.mark.parametrize("how", [pytest.param("dino + sam", marks=dino_works), "sam3"])
-def test_a_build_uses_the_grounder_where_records_have_no_boxes(world, models, tmp_path, monkeypatch, capsys, how):
+def build(world, folder, *flags):
+    source, out = folder / "own.jsonl", folder / "x.jsonl"
+    return "mfpo", "--source", source, "--model", world / "base", "--out", out, *flags
+
+
+def test_a_build_uses_the_grounder_where_records_have_no_boxes(world, models, tmp_path, monkeypatch, capsys):
+    chosen = ("The picture shows a red cup.", "I can see a blue book.", "There is a black lock in the picture.")
+    lines = [{**GOOD, "id": str(n), "image": f"{n}.png", "chosen": text} for n, text in enumerate(chosen)]
+    lines[2]["objects"] = [{"word": "lock", "box": [0, 0, 64, 32]}]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for n in range(3):
         picture(n).save(tmp_path / f"{n}.png")
-    lines = [
-        {**GOOD, "id": str(n), "image": f"{n}.png", "chosen": chosen, "rejected": rejected}
-        for n, (chosen, rejected) in enumerate(ANSWERS)
-    ]
-    lines[2]["objects"] = [{"word": "lock", "box": [0, 0, 64, 32]}]
-    source = write(tmp_path / "x.jsonl", lines)
-    flags = {"dino + sam": ["--grounder", models / "dino", "--segmenter", models / "sam"]}
-    flags = flags.get(how, ["--grounder", models / "sam3"])
-    args = ["mfpo", "--source", source, "--model", world / "base", "--out", tmp_path / "out.jsonl", "--threshold", 0.1]
-    assert run_here(monkeypatch, build_data, *args, *flags, "--sheet", tmp_path / "sheet.png") == 0
-    records = data.read_records(tmp_path / "out.jsonl", data.MFPO_FIELDS)
-    found = [record["regions"] for record in records]
-    assert [r["region_kind"] for r in records] == ["key"] * 3 and all("score" in r for r in found[0] + found[1])
-    assert found[2] == [{"word": "lock", "box": [0, 0, 64, 32]}]
-    assert Image.open(tmp_path / "sheet.png").height > 3 * 192
-    first = [(tmp_path / r["image_rejected"]).read_bytes() for r in records]
-    # At a threshold that nothing reaches, the noise is global where there are no boxes, and that is told.
+    flags = "--grounder", models / "dino", "--segmenter", models / "sam"
+    args = build(world, tmp_path, *(flags if NEW else ("--grounder", models / "sam3")))
+    assert run_here(monkeypatch, build_data, *args, "--threshold", 0.1) == 0
+    records = data.read_records(tmp_path / "x.jsonl", data.MFPO_FIELDS)
+    assert [record["region_kind"] for record in records] == ["key"] * 3
+    assert all("score" in region for record in records[:2] for region in record["regions"])
+    assert records[2]["regions"] == [{"word": "lock", "box": [0, 0, 64, 32]}]
+    first = (tmp_path / records[2]["image_rejected"]).read_bytes()
+    # At a threshold that nothing reaches, the noise is global where there are no boxes, and that is said.
     capsys.readouterr()
-    assert run_here(monkeypatch, build_data, *args, *flags, "--threshold", 0.9999) == 0
-    told = capsys.readouterr().out
-    assert "region: global 2" in told and "note: 2 records have global noise" in told
-    records = data.read_records(tmp_path / "out.jsonl", data.MFPO_FIELDS)
-    assert [r["region_kind"] for r in records] == ["global", "global", "key"]
-    assert [(tmp_path / r["image_rejected"]).read_bytes() == f for r, f in zip(records, first, strict=True)][2]
+    assert run_here(monkeypatch, build_data, *args, "--threshold", 0.9999) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"global\W*2\b", said)
+    records = data.read_records(tmp_path / "x.jsonl", data.MFPO_FIELDS)
+    assert [record["region_kind"] for record in records] == ["global", "global", "key"]
+    assert (tmp_path / records[2]["image_rejected"]).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("grounder", "segmenter", "message"),
+    [
+        ("nowhere", "", r"--grounder .*nowhere: cannot be loaded \(.*\)\. Name its folder"),
+        ("pickled", "", r"--grounder .*pickled: cannot be loaded"),
+        ("sam", "", "is a 'sam'; use a Grounding DINO or a SAM 3"),
+        ("sam3", "sam", "SAM 3 makes masks itself"),
+        pytest.param("dino", "dino", "is a 'grounding-dino'; use a SAM", marks=dino_works),
+        pytest.param("dino", "nowhere", "--segmenter .*nowhere: cannot be loaded", marks=dino_works),
+    ],
+)
+def test_grounders_that_cannot_be_used(models, grounder, segmenter, message):
+    pickled = models / "pickled"  # is never opened: a pickle could run code
+    pickled.mkdir(exist_ok=True)
+    (pickled / "config.json").write_bytes((models / "dino" / "config.json").read_bytes())
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(Mistake, match=message) as refusal:
+        grounding.load(str(models / grounder), segmenter and str(models / segmenter), CPU)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) <= 300
+
+
+def test_transformers_that_run_grounding_dino_wrongly(models, monkeypatch):
+    monkeypatch.setattr(grounding.transformers, "__version__", "5.22.1")
+    with pytest.raises(Mistake, match=r"5\.22\.1 runs Grounding DINO wrongly: pip install -U"):
+        grounding.load(str(models / "dino"), "", CPU)
+    assert grounding.load(str(models / "sam3"), "", CPU)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--grounder", "nowhere/model"], "--grounder nowhere/model: cannot be loaded"),
-        (["--grounder", "SAM"], "is a 'sam'; use a Grounding DINO or a SAM 3"),
-        (["--segmenter", "SAM"], "name a Grounding DINO with --grounder too"),
-        (["--grounder", "SAM3", "--segmenter", "SAM"], "SAM 3 makes masks itself"),
-        pytest.param(
-            ["--grounder", "DINO", "--segmenter", "DINO"], "is a 'grounding-dino'; use a SAM", marks=dino_works
-        ),
-        (["--grounder", "SAM3", "--threshold", "2"], "--threshold in [0, 1)"),
+        (["--segmenter", "nowhere/model"], "--segmenter"),
+        (["--grounder", "nowhere/model", "--threshold", 2], "threshold"),
     ],
 )
-def test_grounders_that_cannot_be_used(world, models, tmp_path, monkeypatch, capsys, flags, message):
+def test_flags_of_a_build(world, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "own.jsonl").write_text(json.dumps(GOOD))
     picture(0).save(tmp_path / "0.png")
-    source = write(tmp_path / "x.jsonl", [GOOD])
-    flags = [{"SAM": models / "sam", "SAM3": models / "sam3", "DINO": models / "dino"}.get(f, f) for f in flags]
-    args = ["mfpo", "--source", source, "--model", world / "base", "--out", tmp_path / "out.jsonl", *flags]
-    assert message in refused(monkeypatch, capsys, build_data, *args)
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_sam_3_against_a_plain_forward_pass(models):
-    sam3 = transformers.Sam3Model.from_pretrained(models / "sam3").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "sam3")
-    found = grounding.text_to_masks(sam3, tokenizer, IMAGES[:2], [["cup"], ["dog"]], 0.0)
-    for image, word, (regions, masks) in zip(IMAGES[:2], ("cup", "dog"), found, strict=True):
-        pixels = (
-            torch.from_numpy(np.asarray(image.resize((56, 56), Image.Resampling.BILINEAR)) / 127.5 - 1)
-            .float()
-            .permute(2, 0, 1)[None]
-        )
-        text = tokenizer([word], padding="max_length", max_length=32, return_tensors="pt")
-        with torch.no_grad():
-            out = sam3(pixel_values=pixels, input_ids=text.input_ids, attention_mask=text.attention_mask)
-        sure = out.pred_logits[0].sigmoid() * out.presence_logits[0].sigmoid()
-        assert [r["score"] for r in regions] == pytest.approx(sure.tolist(), abs=2e-3)
-        large = torch.nn.functional.interpolate(out.pred_masks.sigmoid(), masks.shape[1:], mode="bilinear")[0] > 0.5
-        assert (masks == large.numpy()).mean() > 0.99
-
-
-def test_boxes_in_a_filled_up_strip_are_cut_at_its_border(models):
-    find = grounding.load(str(models / "dino"), "", CPU)
-    strip = picture(0).resize((400, 10))
-    ((found, _),) = find([strip], [["cat"]], 0.1)
-    ((whole, _),) = find([grounding.squarer(strip)], [["cat"]], 0.1)
-    assert found and [r["box"] for r in found] == [
-        [*r["box"][:3], min(10, r["box"][3])] for r in whole if r["box"][1] < 10
-    ]
-    assert [r["score"] for r in whole] == sorted((r["score"] for r in whole), reverse=True)
+    assert message in refused(monkeypatch, capsys, build_data, *build(world, tmp_path, *flags))
+    assert {path.name for path in tmp_path.iterdir()} == {"own.jsonl", "0.png"}

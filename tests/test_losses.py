@@ -45,7 +45,8 @@ def test_margin_loss_and_gradient(eta):
 
 def test_policy_equal_to_reference_gives_three_ln_two():
     w, rejected, distorted = torch.tensor([-3.0]), torch.tensor([-7.0]), torch.tensor([-9.0])
-    total = losses.dpo_loss(w, rejected, w, rejected, 0.3)[0] + losses.image_loss(w, distorted, w, distorted, 0.3)[0]
+    total = losses.dpo_loss(w, rejected, w, rejected, 0.3)[0]
+    total = total + losses.image_loss(w, distorted, w, distorted, 0.3)[0]
     total = total + losses.margin_loss(w, w, 0.3, 0.0)[0]
     assert math.isclose(total.item(), 2.0794415, rel_tol=1e-6)
 
@@ -62,17 +63,33 @@ def test_half_precision_is_refused():
         losses.dpo_loss(*[torch.zeros(2, dtype=torch.bfloat16)] * 4, 0.1)
 
 
-@pytest.mark.parametrize(
-    ("text", "image", "expected"),
-    [([2.0, 2.06], [0.3, 0.4], 0.35 / 2.03), ([1.0, 3.0], [4.0, 4.0], 0.5), ([1.0], [-2.0], -2.0), ([3.0], [3.0], 1.0)],
-)
-def test_fairness(text, image, expected):
-    assert losses.fairness(torch.tensor(text), torch.tensor(image)).item() == pytest.approx(expected)
+EVEN = 0.35 / 2.03
+FAIR = [(2.03, 0.35, EVEN), (0.35, 2.03, EVEN), (2.0, 4.0, 0.5), (1.0, -2.0, -2.0), (3.0, 3.0, 1.0)]
+# Fairness is undefined where no mean margin is positive.
+NOBODY_PREFERS = [(0.0, 0.0), (-1.0, -2.0), (0.0, -1.0)]
 
 
-def test_fairness_is_undefined_where_nothing_is_preferred():
-    assert math.isnan(losses.fairness(torch.zeros(3), torch.zeros(3)))
-    assert math.isnan(losses.fairness(torch.tensor([-1.0]), torch.tensor([-2.0])))
+@pytest.mark.parametrize(("text", "image", "expected"), FAIR)
+def test_fairness_of_two_mean_margins(text, image, expected):
+    fair = losses.fairness(torch.tensor(text), torch.tensor(image))
+    assert fair.shape == () and fair.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("text", "image"), NOBODY_PREFERS)
+def test_fairness_is_undefined_where_nothing_is_preferred(text, image):
+    assert math.isnan(losses.fairness(torch.tensor(text), torch.tensor(image)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fairness_of_many_resamples_is_that_of_each(dtype):
+    cases = [*FAIR, *((*pair, math.nan) for pair in NOBODY_PREFERS)]
+    text, image, expected = torch.tensor(cases, dtype=dtype).T.reshape(3, 2, 4)
+    fair = losses.fairness(text, image)
+    assert fair.dtype == dtype and torch.allclose(fair, expected, equal_nan=True)
+    # beta cancels: margins in nats and rewards say the same
+    assert torch.allclose(losses.fairness(0.1 * text, 0.1 * image), expected, equal_nan=True)
+    with pytest.raises(AssertionError):
+        losses.fairness(text, image[0])
 
 
 def test_information_gain_is_a_mean_over_answer_tokens_only():
@@ -88,17 +105,19 @@ def test_information_gain_is_a_mean_over_answer_tokens_only():
 
 def test_advantages_by_hand():
     rewards = torch.tensor([[2.0, 0.0], [1.5, 1.5]])
-    assert losses.group_advantages(rewards).flatten().tolist() == pytest.approx([1 / 1.0001, -1 / 1.0001, 0.0, 0.0])
+    expected = [1 / 1.0001, -1 / 1.0001, 0.0, 0.0]
+    assert losses.group_advantages(rewards).flatten().tolist() == pytest.approx(expected)
     group = [1.5, 0.5, 0.0, 1.0]
     mean = sum(group) / 4
     std = (sum((r - mean) ** 2 for r in group) / 4) ** 0.5  # over n, not n - 1
-    found = losses.group_advantages(torch.tensor([group]))[0].tolist()
-    assert found == pytest.approx([(r - mean) / (std + 1e-4) for r in group], rel=1e-5)
+    advantages = losses.group_advantages(torch.tensor([group]))[0].tolist()
+    assert advantages == pytest.approx([(r - mean) / (std + 1e-4) for r in group], rel=1e-5)
 
 
 def test_a_group_of_equal_rewards_has_no_advantage_at_all():
-    tenths = torch.full((1, 3), 0.1)  # their float32 mean is not 0.1
-    assert losses.group_advantages(tenths).tolist() == [[0.0, 0.0, 0.0]]
+    tenths = torch.full((1, 7), 0.1)
+    assert tenths.mean() != tenths[0, 0], "this mean is exact here: take another number of rewards"
+    assert losses.group_advantages(tenths).tolist() == [[0.0] * 7]
     nearly = losses.group_advantages(torch.tensor([[0.1, 0.1, 0.2]]))
     assert nearly.abs().min() > 0.5
 
@@ -122,7 +141,7 @@ GRPO_CASES = [  # logp, old, ref, advantage, one token each: on both sides of th
     (-1.0, -1.0, -1.0, 1.0),
     (-1.0, -1.0, -1.5, -1.0),
     (-0.5, -1.0, -0.7, 1.0),  # ratio 1.65, clipped: no gradient but the KL's
-    (-0.5, -1.0, -0.7, -1.0),  # ratio 1.65, not clipped: a wrong answer that became likelier is pushed down in full
+    (-0.5, -1.0, -0.7, -1.0),  # ratio 1.65, not clipped: a likelier wrong answer is pushed down in full
     (-1.5, -1.0, -0.7, 1.0),  # ratio 0.61, not clipped
     (-1.5, -1.0, -0.7, -1.0),  # ratio 0.61, clipped
     (-1.1, -1.0, -2.0, 0.7),
@@ -160,12 +179,11 @@ def test_grpo_is_a_mean_over_the_tokens_of_each_answer():
     token_logp, old, ref, advantage, mask = grpo_batch()
     loss, clipped, k3 = losses.grpo_loss(token_logp, old, ref, advantage, mask, 0.2, 0.04)
     for i, length in enumerate([5, 2, 3, 1]):
-        cut = slice(i, i + 1), slice(0, length)
-        tokens = [
-            [v.item() for v in losses.grpo_loss(*(x[cut][:, t : t + 1] for x in (token_logp, old, ref)),
-                                                advantage[i : i + 1], torch.tensor([[True]]), 0.2, 0.04)]
-            for t in range(length)
-        ]  # fmt: skip
+        tokens = []
+        for t in range(length):
+            one = [x[i : i + 1, t : t + 1] for x in (token_logp, old, ref)]
+            parts = losses.grpo_loss(*one, advantage[i : i + 1], torch.tensor([[True]]), 0.2, 0.04)
+            tokens.append([part.item() for part in parts])
         by_hand = [sum(column) / length for column in zip(*tokens, strict=True)]
         assert [loss[i].item(), clipped[i].item(), k3[i].item()] == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
 
@@ -176,5 +194,6 @@ def test_one_update_per_rollout_starts_at_minus_the_advantage():
     loss, clipped, k3 = losses.grpo_loss(token_logp.requires_grad_(), same, same, advantage, mask, 0.2, 0.04)
     loss.sum().backward()
     assert torch.allclose(loss, -advantage) and clipped.sum() == 0 and k3.sum() == 0
-    by_hand = torch.where(mask, -advantage[:, None] / mask.sum(1, keepdim=True), 0.0)  # d rho = d logp where rho = 1
+    # d rho = d logp where rho = 1
+    by_hand = torch.where(mask, -advantage[:, None] / mask.sum(1, keepdim=True), 0.0)
     assert torch.allclose(token_logp.grad, by_hand)

@@ -1,4 +1,4 @@
-"""Our GRPO against TRL's, where TRL is installed (pip install trl): its trainer's own method on our tensors."""
+"""Our GRPO against TRL's own method on our tensors, where TRL is installed (pip install trl)."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl t
 
 
 def trl_trainer(clip, kl):
-    """What `GRPOTrainer._compute_loss` reads of its trainer, without the trainer's model, data and accelerator."""
+    """What `GRPOTrainer._compute_loss` reads of its trainer, without its model, data and accelerator."""
     accelerator = SimpleNamespace(
         gather=lambda x: x,
         gather_for_metrics=lambda x: x,
@@ -57,14 +57,15 @@ def test_loss_gradient_clipped_share_and_kl_equal_trls(clip, kl):
     assert loss.mean().item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-6) and ours.grad.abs().max() > 0.01
     # TRL's log is a mean over tokens, ours over answers.
-    told, weight = trainer._metrics["train"], mask.sum(1) / mask.sum()
-    assert (clipped * weight).sum().item() == pytest.approx(told["clip_ratio/region_mean"][0], rel=1e-5)
+    logged, weight = trainer._metrics["train"], mask.sum(1) / mask.sum()
+    assert (clipped * weight).sum().item() == pytest.approx(logged["clip_ratio/region_mean"][0], rel=1e-5)
     if kl:
-        assert (k3 * weight).sum().item() == pytest.approx(told["kl"][0], rel=1e-4)
+        assert (k3 * weight).sum().item() == pytest.approx(logged["kl"][0], rel=1e-4)
 
 
 def test_advantages_differ_from_trls_only_in_the_standard_deviation():
     rewards = torch.tensor([[2.0, 0.0, 0.5, 1.5]])
     n = rewards.shape[1]
-    theirs = (rewards - rewards.mean(1, keepdim=True)) / (trl.trainer.utils.nanstd(rewards, dim=1, keepdim=True) + 1e-4)
+    std = trl.trainer.utils.nanstd(rewards, dim=1, keepdim=True)
+    theirs = (rewards - rewards.mean(1, keepdim=True)) / (std + 1e-4)
     assert torch.allclose(losses.group_advantages(rewards), theirs * (n / (n - 1)) ** 0.5, rtol=1e-3)

@@ -1,0 +1,115 @@
+"""What a text answers to a closed-ended question, by hand: MBPO's rewards are computed with these rules."""
+
+import pytest
+
+from rewards import closed_answer, in_form, is_right, plain, yes_or_no
+
+YESNO = {"kind": "yesno", "answer": "Yes"}
+CHOICE = {"kind": "choice", "answer": "B", "choices": ["cup", "red pen", "fork"]}
+NUMBER = {"kind": "number", "answer": "3"}
+COLOUR = {"kind": "word", "answer": "red", "choices": ["red", "green"]}
+WORD = {"kind": "word", "answer": "The Eiffel Tower"}
+DARK = {"kind": "word", "answer": "dark red", "choices": ["red", "dark red"]}
+
+
+@pytest.mark.parametrize(
+    ("question", "text", "said", "right", "form"),
+    [
+        (YESNO, "Yes", "Yes", True, True),
+        (YESNO, "yes.", "Yes", True, True),
+        (YESNO, "Yes, there is a cup.", "Yes", True, False),
+        (YESNO, "No", "No", False, True),
+        (YESNO, "There is not a cup.", "No", False, False),
+        (YESNO, "Yes and no", None, False, False),  # both: says nothing
+        (YESNO, "There is a cup.", None, False, False),
+        (YESNO, "nobody knows", None, False, False),
+        (YESNO, "", None, False, False),
+        (CHOICE, "B", "B", True, True),
+        (CHOICE, "(B)", "B", True, True),
+        (CHOICE, "B.", "B", True, True),
+        (CHOICE, "B. red pen", "B", True, False),
+        (CHOICE, "(A) cup", "A", False, False),
+        (CHOICE, "The answer is B", "B", True, False),
+        (CHOICE, "The answer is A or the answer is B", None, False, False),
+        (CHOICE, "The red pen.", "B", True, False),
+        (CHOICE, "A red pen", "B", True, False),  # the article is not the letter
+        (CHOICE, "D", None, False, False),  # there is no D
+        (CHOICE, "A, B, C", None, False, False),
+        (CHOICE, "cup fork", None, False, False),
+        (CHOICE, "A. B. C.", None, False, False),
+        (CHOICE, "(A) (B)", None, False, False),
+        (CHOICE, "B. A red pen, not vitamin C.", None, False, False),
+        (NUMBER, "\u0663", None, False, False),  # digits of another script are not the form asked for
+        (NUMBER, "3", "3", True, True),
+        (NUMBER, "There are 3.", "3", True, False),
+        (NUMBER, "03", "3", True, False),
+        (NUMBER, "3 or 4", None, False, False),
+        (NUMBER, "1,200 cups", "1200", False, False),
+        (NUMBER, "9" * 5000, "9" * 5000, False, True),
+        (NUMBER, "00 cups", "0", False, False),
+        (NUMBER, "three", None, False, False),
+        (COLOUR, "red", "red", True, True),
+        (COLOUR, "Red.", "red", True, True),
+        (COLOUR, "It is red", "red", True, False),
+        (COLOUR, "red green", None, False, False),
+        (COLOUR, "reddish", None, False, False),
+        (WORD, "the eiffel tower", "eiffel tower", True, True),
+        (WORD, "Eiffel Tower", "eiffel tower", True, True),
+        (WORD, "tower", "tower", False, False),
+        (WORD, "i do not know what it is", "i do not know what it is", False, False),
+        (DARK, "dark red", "dark red", True, True),
+        (DARK, "it is dark red", None, False, False),  # names "red" as well
+    ],
+)
+def test_answers_to_closed_ended_questions(question, text, said, right, form):
+    assert closed_answer(text, question) == said
+    assert is_right(text, question) is right and in_form(text, question) is form
+
+
+@pytest.mark.parametrize("question", [YESNO, CHOICE, NUMBER, COLOUR, WORD])
+@pytest.mark.parametrize("text", ["\x00\ud800", "<image></s>", "(" * 3000, "\n", "²", "No" * 999])
+def test_no_text_breaks_the_rules(question, text):
+    assert not is_right(text, question)
+
+
+@pytest.mark.parametrize("question", [YESNO, CHOICE, NUMBER, COLOUR, WORD, DARK])
+def test_the_rules_give_full_marks_to_the_truth(question):
+    assert is_right(question["answer"], question) and in_form(question["answer"], question)
+
+
+def test_a_true_number_may_have_zeros_in_front():
+    question = {"kind": "number", "answer": "007"}
+    assert is_right("7", question) and is_right("007", question) and not is_right("70", question)
+    assert is_right("0", {"kind": "number", "answer": "00"})
+
+
+def test_all_answers_at_once_score_nothing():
+    """What a policy would learn first if it could: to name every answer."""
+    assert not is_right("Yes No", YESNO) and not is_right("1 2 3 4", NUMBER)
+    assert not is_right("A B C", CHOICE) and not is_right("A. B. C. D.", CHOICE)
+    assert not is_right("red, green", COLOUR)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("The cup, and a Pen!", "cup and pen"), ("an apple", "apple"), ("A", ""), ("another theme", "another theme")],
+)
+def test_articles_case_and_marks_do_not_count(text, words):
+    assert plain(text) == words
+
+
+@pytest.mark.parametrize(
+    ("answer", "meaning"),
+    [
+        ("Yes", "Yes"),
+        ("No", "No"),
+        ("no, there is not", "No"),
+        ("There is not. Yes", "No"),
+        ("", "Yes"),
+        ("NO", "Yes"),
+        ("Yes. No", "Yes"),
+        ("I know a nose", "Yes"),
+    ],
+)
+def test_official_yes_no_parsing(answer, meaning):
+    assert yes_or_no(answer) == meaning
