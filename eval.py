@@ -214,14 +214,15 @@ def counts_of(measured, base):
         text = f"noise {noise['schedule']} t={noise['t']}" if noise else "image_rejected"
         kinds[f"{record.get('negative', text)} ({record.get('region_kind', 'region not told')})"] += 1
     notes = [f"image pairs of {stick.pairs}: " + ", ".join(f"{kind} {n}" for kind, n in kinds.most_common(3))]
-    metrics = METRICS if stick.split else PAIR_METRICS
-    metrics = {name: (title, value) for name, (title, _, value) in metrics.items()}
+    metrics = {k: (title, value) for k, (title, _, value) in (METRICS if stick.split else PAIR_METRICS).items()}
     if not stick.split:
         return tables.Counts(rows, metrics, notes, unit="pairs")
     answers, at = iter(measured["answers"]), {}
+    zero = {f"{k}_{n}": 0.0 for k in ("closed", *data.QUESTION_KINDS) for n in ("asked", "right", "in_form")}
+    zero |= {name: 0.0 for split in ("random", "adversarial") for name in tables.yes_no("", "", f"{split}_")}
     for i, (scene, caption) in enumerate(zip(measured["scenes"], measured["captions"], strict=True)):
         objects = [(o["colour"], o["word"]) for o in scene["objects"]]
-        at[scene["image"]] = rows[i] = Counter(rows[i] | caption_counts(caption, objects))
+        at[scene["image"]] = rows[i] = Counter(rows[i] | caption_counts(caption, objects) | zero)
         for question in scene["asked"]:
             rows[i].update(tables.yes_no(question["answer"], yes_or_no(next(answers)), f"{question['split']}_"))
     for question, text in zip(measured["closed"], measured["closed_answers"], strict=True):
@@ -235,9 +236,7 @@ def counts_of(measured, base):
 
 
 def report(measured):
-    """{"base": measured, "final": measured} -> the text of the table, and the numbers {name: summary} of
-    eval.json.
-    """
+    """{"base": measured, "final": measured} -> the text of the table, and eval.json's numbers {name: summary}."""
     counts = {name: counts_of(one, measured["base"]) for name, one in measured.items()}
     numbers = {name: tables.summary(one) for name, one in counts.items()}
     text = tables.table(counts["base"], numbers)

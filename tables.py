@@ -6,7 +6,6 @@ rows: so an interval is a bootstrap over images, and the difference of two model
 """
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,9 +65,8 @@ def values(counts):
     count = len(counts.rows)
     picks = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     picks = np.concatenate([np.ones((1, count)), picks])  # how often each row is taken; first, each once
-    sums = defaultdict(lambda: np.zeros(len(picks)))  # what no row has counts as 0
-    for name in {name for row in counts.rows for name in row}:
-        sums[name] = picks @ np.array([row.get(name, 0.0) for row in counts.rows])
+    names = {name for row in counts.rows for name in row}
+    sums = {name: picks @ np.array([row.get(name, 0.0) for row in counts.rows]) for name in names}
     with np.errstate(invalid="ignore"):
         return {name: value_of(metric, sums) for name, (_, metric) in counts.metrics.items()}
 

@@ -2,11 +2,13 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -65,6 +67,7 @@ def forked(script, *args, processes=0, log=os.devnull, before=None):
                 here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                 os.environ.update(here, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             sys.argv = [f"{script.__name__.split('.')[-1]}.py", *map(str, args)]
+            tqdm.set_lock(threading.RLock())  # its own lock is shared over the fork, and a killed child may hold it
             if before:
                 before(rank)
             runtime.run(script.main)

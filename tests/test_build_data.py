@@ -507,8 +507,8 @@ def test_so_many_records_are_drawn_by_the_seed(folder):
     assert len(set(some)) == 10 and some == sorted(some) != list(range(10))
     assert some == drawn(10) == drawn(10, what="mbpo") != drawn(10, seed=1)
     assert drawn(0) == drawn(30) == drawn(99) == list(range(30))
-    often = np.bincount(sum((drawn(10, seed) for seed in range(12)), []), minlength=30)  # 4 of 12 each, all alike
-    assert often.max() < 10 and np.corrcoef(often, range(30))[0, 1] ** 2 < 0.3
+    often = np.bincount(sum((drawn(10, seed) for seed in range(8)), []), minlength=30)  # all are drawn alike
+    assert often.max() < 8 and np.corrcoef(often, range(30))[0, 1] ** 2 < 0.3
 
 
 def test_records_that_are_held_out_are_trained_on_by_nobody(world, folder, monkeypatch, capsys):
@@ -663,10 +663,10 @@ def straight(world):
     return files
 
 
-@pytest.mark.parametrize(("stage", "first", "then"), [("attack", 0, 0), ("attack", 2, 0), ("gain", 0, 2)])
+@pytest.mark.parametrize(("stage", "first", "then"), [("attack", 2, 0), ("gain", 0, 2)])
 def test_a_killed_build_goes_on_to_the_same_files(world, straight, tmp_path, monkeypatch, stage, first, then):
     """
-    One process; two that one follows; one that two follow, which share all of the attack: four batches, the last
+    Two processes that one follows; one that two follow, which share all of the attack: four batches, the last
     smaller, answers of unequal length. What is done is not done again.
     """
     name = f"killed_{stage}_{first}.jsonl"
@@ -741,7 +741,7 @@ def many(folder):
     return folder
 
 
-@pytest.mark.parametrize("change", ["nothing", "a smaller batch", "records deleted", "two processes"])
+@pytest.mark.parametrize("change", ["a smaller batch", "records deleted", "two processes"])
 def test_a_killed_build_of_mfpo_goes_on_to_the_same_files(world, many, tmp_path, monkeypatch, change):
     source, out, more = many / "x.jsonl", many / "out.jsonl", ["--region", "random", "--heldout", 3]
     args = flags(world, "mfpo", source, out, *more)
@@ -845,17 +845,14 @@ def parts_name(monkeypatch, world, what, **change):
 
 
 CHANGES = {"region": "random", "schedule": "vcd", "t": 300, "top": 3, "grounder": "x", "threshold": 0.5, "seed": 1}
-MINING = {"attack": "random", "eps": "8/255", "alpha": "2/255", "steps": 3, "max_new_tokens": 9, "seed": 1}
+MINING = {"attack": "random", "eps": "8/255", "alpha": "2/255", "steps": 3, "max_new_tokens": 9, "seed": 1,
+          "max_length": 99}  # fmt: skip
 OTHERS = {"batch": 3, "skip_bad": True, "records": 5}
 
 
 @pytest.mark.parametrize(
     ("what", "settings", "others"),
-    [
-        ("mfpo", CHANGES, OTHERS | {"heldout": 2}),
-        ("mbpo", MINING, OTHERS | {"iig_keep": 1, "questions": 7}),
-        ("mbpo", {"max_length": 99}, {}),
-    ],
+    [("mfpo", CHANGES, OTHERS | {"heldout": 2}), ("mbpo", MINING, OTHERS | {"iig_keep": 1, "questions": 7})],
 )
 def test_parts_are_named_by_all_that_changes_an_answer(world, monkeypatch, what, settings, others):
     first = parts_name(monkeypatch, world, what)

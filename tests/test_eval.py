@@ -308,6 +308,7 @@ def test_what_a_run_is_measured_on(world, tmp_path, capsys):
     (tmp_path / "own_heldout.jsonl").write_text("")
     stick = eval.yardstick(records, "val")
     assert (stick.split, stick.pairs) == ("", tmp_path / "own_heldout.jsonl")
+    assert eval.yardstick(records, "none") is None
 
 
 # ------------------------------------------------------------------------------------------------- over seeds
