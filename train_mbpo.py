@@ -8,7 +8,7 @@ the policy answers itself and a rule rewards.
 
 reads    <data>/mbpo.jsonl and <data>/mbpo_closed.jsonl with their images (format: data.py)
 writes   out/<run>/{config.json, metrics.jsonl, step_00050/, final/, eval.json}; continue with --resume out/<run>
-expect   laptop: CHAIR_s .51 -> .18, yes/no about partners .54 -> .89 in under 2 minutes (README.md)
+expect   laptop: CHAIR_s .51 -> .20, yes/no about partners .59 -> .95 in 1 to 2 minutes (README.md)
 """
 
 import math

@@ -7,7 +7,7 @@ MFPO (arXiv:2410.15334): preference tuning on pairs that differ in the answer or
 
 reads    <data>/mfpo.jsonl and its images (format: data.py)
 writes   out/<run>/{config.json, metrics.jsonl, step_00050/, final/, eval.json}; continue with --resume out/<run>
-expect   laptop: CHAIR_s .51 -> .10, recall .94 -> .91 in about 3 minutes (README.md)
+expect   laptop: CHAIR_s .51 -> .11, recall .94 -> .93 in 2 to 3 minutes (README.md)
 """
 
 import sys
