@@ -82,7 +82,7 @@ def keywords(text, vector_of, top=5, phi=1.0, gamma=1.0, decay=0.05, damping=0.8
 
     vector_of   word -> (E,) array;   returns  [(word, score)], at most `top`
 
-    DEVIATION: all values but K are ours; kappa is applied to the word that receives (on the giving word it would
+    DEVIATION: all values are ours, K = 5 too; kappa is applied to the word that receives (on the giving word it would
     cancel) at its first occurrence, a negative cosine counts as 0, every word is linked with every other.
     """
     positions = content_words(text)
@@ -179,8 +179,9 @@ def negative(image, mask, config, mean, std, rng):
 def check_out(config):
     """Mistake unless the records can be written: `out` a JSONL other than the source, which is there."""
     out, source = Path(config.out), Path(config.source)
-    if out.suffix != ".jsonl" or out.is_dir() or out.resolve() == source.resolve():
-        raise Mistake(f"--out {out}: must be a .jsonl file other than --source {source}")
+    also = [out.with_name(f"{out.stem}{end}.jsonl") for end in ("", "_heldout", "_dropped", "_closed")]
+    if out.suffix != ".jsonl" or out.is_dir() or source.resolve() in [path.resolve() for path in also]:
+        raise Mistake(f"--out {out}: must be a .jsonl file that does not write over --source {source}")
     if not source.is_file():
         raise Mistake(f"--source {source}: no such file. python -m extras.sources makes one of a public dataset")
 
@@ -210,7 +211,7 @@ class MfpoConfig:
     # image, which does not hide a glyph of the toy world; ddpm at 400 leaves 44 %.
     schedule: Literal["vcd", "ddpm"] = knob("ddpm", "noise schedule")
     t: int = knob(400, "diffusion step, 0 to 999; the paper's best is 500")
-    top: int = knob(5, "keywords per answer, K in the paper")
+    top: int = knob(5, "keywords per answer, K in the paper; 5 is ours")
     grounder: str = knob("", "finds keywords in images without boxes: a Grounding DINO or a SAM 3, id or folder")
     segmenter: str = knob("", "makes Grounding DINO's boxes masks: a SAM, id or folder; empty: boxes are used")
     threshold: float = knob(0.3, "a region counts if the grounder is as sure of it (ours)")
@@ -234,8 +235,8 @@ def mfpo_record(record, image, words, region, policy, config, save):
     """One MFPO record: the paper's steps in its order. `words` are the keywords of the chosen answer (step 1), `region`
     their regions in the image, with masks (n, H, W) or None (step 2).
 
-    Falls back to the complete image, region_kind "global", with --region key where no keyword has a region: no box
-    and no grounder, nothing above its threshold, an empty mask, or one that the hub's crop leaves out.
+    Falls back to the complete image, region_kind "global": with --region key where no keyword has a region (no box
+    and no grounder, nothing above its threshold), and where a mask is empty or the hub's crop leaves it out.
     """
     rng, (regions, masks) = seeded(config.seed, record["id"]), region
     rejected, origin = record.get("rejected"), "given"

@@ -79,7 +79,7 @@ def read_config(path, folder):
 
 def load(path, train_vision=False, convention="", trained=True, lora_rank=0, recompute=False, weights=True):
     """A Policy from a LLaVA folder or hub id, on this rank's device, sharded over all ranks, which all call it. Mistake
-    if it is no such folder. Weights are float32, whatever the files hold.
+    if it is no such folder. Weights are float32, whatever the files hold (on GPUs: runtime.shard).
 
     train_vision   train the vision tower too;   trained  False: nothing is trained (a reference, a table)
     convention     original | hub; empty: what the folder says (convention.json), else original

@@ -72,8 +72,7 @@ def fairness(text_margin, image_margin):
 
     text_margin    (...) nats, the mean of h(y_w|m) - h(y_l|m) over held-out records
     image_margin   (...) nats, the mean of h(y_w|m) - h(y_w|m'); a common factor such as beta cancels
-    returns  (...) in (-inf, 1]; nan where the larger mean is not positive (an untrained policy prefers
-             nothing)
+    returns  (...) in (-inf, 1]; nan where the larger mean is not positive (an untrained policy prefers nothing)
 
     DEVIATION: MFPO shows a bar chart of both mean rewards; the ratio is ours.
     """

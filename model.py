@@ -4,7 +4,7 @@ A thin wrapper around transformers' LLaVA: vision tower + projector + language m
     image (3, H, W) in [0, 1] --normalise--> CLIP vision tower --> P patch features --> projector --> P embeddings
     those embeddings stand where the prompt holds image tokens; the language model reads on from there.
 
-It scores packed rows (data.py), samples, and carries adapters. It knows nothing of training or files (hub.py).
+It scores packed rows (data.py), samples, and carries adapters. It knows nothing of training or model files.
 """
 
 import inspect
@@ -43,8 +43,7 @@ CONVENTIONS = {
 }
 PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, as LLaVA-1.5 pads with
 DECODED_BYTES = 2_000_000_000  # of images that a process keeps: 5,900 of 336 x 336 pixels
-# Transformers 5.24 renamed this argument and drops the old name in 5.40; a wrong name would be ignored in
-# silence.
+# Transformers 5.24 renamed this argument and drops the old name in 5.40; a wrong name would be ignored in silence.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
@@ -109,8 +108,7 @@ class Policy(nn.Module):
         # there, and LLaVA-1.5 has embeddings for more tokens (32,064) than its tokenizer knows (32,002).
         self.unsayable = [self.image_id, *range(len(self.tokenizer), hf.config.text_config.vocab_size)]
         tower = hf.model.vision_tower
-        # DEVIATION: what the papers train could not be found; frozen, as LLaVA-1.5 was tuned, was better on
-        # the toy.
+        # DEVIATION: what the papers train could not be found; frozen, as LLaVA-1.5 was tuned, was better on the toy.
         tower.requires_grad_(train_vision)
         # Layers behind the one whose features are read get no gradient; left trainable, they would have no
         # optimiser state and checkpoints could not be loaded back.

@@ -96,7 +96,7 @@ def bring(name, folder, out):
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     try:
-        os.link(folder / name, link)
+        os.link((folder / name).resolve(), link)
     except OSError:  # another file system
         shutil.copy(folder / name, link)
     return link.relative_to(out.parent).as_posix()
@@ -114,9 +114,7 @@ SAME = {"source", "model", "out", "records", "heldout", "skip_bad", "batch", "qu
 
 
 def parts_of(out, policy, config):
-    """The folder of parts of the file `out`, named by the model and all knobs but those that change no line
-    (SAME).
-    """
+    """The folder of parts of the file `out`, named by the model and all knobs but those that change no line (SAME)."""
     settings = {name: value for name, value in vars(config).items() if name not in SAME}
     mark = runtime.first_alone(lambda: hub.fingerprint(policy, out.parent, [settings]))
     return out.with_name(f"{out.name}.parts-{mark}")
@@ -158,9 +156,11 @@ def in_parts(parts, name, title, records, batch, work):
             file.flush()
             bar.update(min(runtime.world() * len(chunk), bar.total - bar.n))
     bar.close()
-    runtime.first_alone(lambda: None)  # all have written
+    runtime.gather([])  # all have written: first_alone, a broadcast, does not wait for the last of 8 ranks
     lines = read()
-    runtime.first_alone(lambda: None)  # all have read, so that the parts may go
+    runtime.gather([])  # all have read, so that the parts may go
+    if not lines.keys() >= set(keys):
+        raise Mistake(f"{parts}: changed meanwhile. Let another build of the same file end, then start again")
     return [lines[key] for key in keys]
 
 
@@ -171,7 +171,9 @@ def save_image(image, folder, record, parts):
     """Write an image (H, W, 3) uint8 made of a record, under the parts' mark and its key; returns its name."""
     folder.mkdir(exist_ok=True)
     name = f"{parts.name[-16:]}-{key_of(record)}.png"
-    Image.fromarray(image).save(folder / name)
+    aside = folder / f"{name}.tmp"  # a kill must not leave half of an image that an older build's records name
+    Image.fromarray(image).save(aside, "PNG")
+    os.replace(aside, folder / name)
     return f"{folder.name}/{name}"
 
 

@@ -24,8 +24,7 @@ def closed_answer(text, question):
     rewards are computed with these rules, and a text that names every answer must not score.
 
     yesno    "Yes" or "No": the one of which a word occurs
-    choice   a letter, alone or in front as "B." or "(B)", or in "the answer is B"; or the letter of the
-             option's text
+    choice   a letter, alone or in front as "B." or "(B)", or in "the answer is B"; or the letter of the option's text
     number   the only number in the text, in digits
     word     the one of "choices" that occurs; without choices the whole text, but for articles and case
 

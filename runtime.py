@@ -1,7 +1,7 @@
 """
 What both trainers need and neither paper mentions: the command line, mistakes, the process group, sharding, the
 learning rate, checkpoints, the log. A plain `python` run is a world of one process, so that no line elsewhere asks
-"if distributed". Nothing here knows a method, a model or a record.
+"if distributed". Nothing here knows a method or a record.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -55,7 +56,10 @@ def knob(default, help):
 
 def check(config, positive="", not_negative=""):
     """Mistake unless all floats are finite and the knobs named, separated by blanks, are in range."""
-    for name, value in vars(config).items():
+    for field in dataclasses.fields(config):  # a config.json is checked here only, flags by the parser too
+        name, value = field.name, getattr(config, field.name)
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            raise Mistake(f"--{name} {value!r}: use one of {', '.join(map(repr, get_args(field.type)))}")
         if isinstance(value, float) and not math.isfinite(value):
             raise Mistake(f"--{name} must be a finite number, got {value}")
         if name in positive.split() and not value > 0:
@@ -489,10 +493,11 @@ def resumed(config, argv):
     if not path.is_file():
         raise Mistake(f"--resume {config.resume}: holds no config.json, so no run. Name one such as out/mfpo-1")
     knobs = {f.name: type(f.default) for f in dataclasses.fields(config)}
-    stored, settings = {}, {}
-    with suppress(ValueError, TypeError):
+    stored = {}
+    with suppress(ValueError):
         stored = json.loads(path.read_text())
-        settings = {name: stored[name] for name in stored if name in knobs}
+    stored = stored if isinstance(stored, dict) else {}
+    settings = {name: value for name, value in stored.items() if name in knobs}
     alike = 4 * len(settings) >= 3 * max(len(stored), len(knobs))  # else it is another script's
     if not alike or any(type(value) not in (knobs[name], int) for name, value in settings.items()):
         raise Mistake(f"{path}: is not the config of this script. Resume with the script that wrote it")

@@ -55,8 +55,7 @@ CAPTIONS = {  # question -> template of its answer
 }
 P_BIASED, P_FAIR = 0.87, 0.5  # how often an anchor brings its partner
 # How often the annotator of the training scenes names an absent partner. Below one half a model that sees
-# well enough learns to say nothing, and how much it hallucinates depends on how well it was trained, so on
-# the seed.
+# well enough learns to say nothing, and how much it hallucinates depends on how well it was trained, so on the seed.
 P_SLOPPY = 0.5
 SPLIT_SEEDS = {"train": 1, "preference": 2, "val": 3, "test": 4}  # no scene is shared between splits
 # Shares of closed-ended questions, a guess: half of them yes/no, most of those about the partner of an object
@@ -93,8 +92,7 @@ def draw_scene(rng, p_partner):
     """One scene. `p_partner`: the probability that an anchor brings its partner.
 
     returns  image (64, 64, 3) uint8, objects [{"kind", "colour", "box": [x0, y0, x1, y1]}] with boxes in
-             pixels (x1, y1 exclusive), in the order in which captions name them: by pair, anchor before
-             partner
+             pixels (x1, y1 exclusive), in the order in which captions name them: by pair, anchor before partner
     """
     anchors = rng.permutation(len(PAIRS))[: 1 + (rng.random() < 0.6)]
     kinds = [PAIRS[a][0] for a in anchors]
@@ -199,8 +197,7 @@ def ask_about(records, rng):
 
     random        a present kind and an absent one
     adversarial   the partner of a present anchor, absent in half of the questions for each kind of partner:
-                  were absent partners asked about more often than present ones, "partners are not there"
-                  would score
+                  were absent partners asked about more often than present ones, "partners are not there" would score
     """
     asked = [[] for _ in records]
     for i, record in enumerate(records):
@@ -288,9 +285,7 @@ class Config:
 
 
 def write(config):
-    """Write <out>/{preference,val,test}.jsonl with their images and closed_{val,test}.jsonl, each unless it is
-    there.
-    """
+    """Write <out>/{preference,val,test}.jsonl with images and closed_{val,test}.jsonl, each unless it is there."""
     out = Path(config.out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     made = {"seed": config.seed, "preference": config.preference, "heldout": config.heldout}

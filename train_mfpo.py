@@ -195,14 +195,12 @@ def main():
             logp = policy.logps(packed).sum(1).view(len(pick), -1)  # (B, 3): y_w | m, y_l | m, y_w | m'
             ref = ref_logp[pick].to(device)  # (B, 3), the same
             loss, parts = mfpo(logp, ref, config)
-            # The mean over the pairs of the whole step: FSDP averages over the ranks, so each multiplies by
-            # them.
+            # The mean over the pairs of the whole step: FSDP averages over the ranks, so each multiplies by them.
             (loss.sum() * runtime.world() / config.pairs_per_step).backward()
             parts |= {"loss": loss, "expected": mfpo(ref, ref, config)[0]}
             totals += torch.stack([part.detach().float().sum() for part in parts.values()])
             seconds += clock("forward and backward")
-        # Sums first, one division last: the log shows the complete batch, not the last part of the first
-        # rank.
+        # Sums first, one division last: the log shows the complete batch, not the last part of the first rank.
         dist.all_reduce(totals)
         values = dict(zip(parts, (totals / config.pairs_per_step).tolist(), strict=True))  # waits for a GPU
         seconds += clock("forward and backward")

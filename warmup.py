@@ -71,7 +71,7 @@ def new_llava(processor, vision, text):
 
 
 def build_policy(seed):
-    """The tiny LLaVA with random weights: every part of LLaVA-1.5 is there, at a thousandth of the width."""
+    """The tiny LLaVA with random weights: every part of LLaVA-1.5 is there, a 32nd as wide."""
     processor = build_processor()
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
     vision = sizes | {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": CELL}  # LLaVA reads the last but one

@@ -6,8 +6,8 @@ How fast our steps are beside plain code and TRL's (pip install trl), on a tiny 
 
 prints the median seconds of a step, how many times as long the others take (median of the ratios in one turn,
 quartiles), answer tokens a second, share of the FLOPs that plain matrix products reach, and peak memory. All
-start from the same weights and train on the same pairs, read from the same files; their losses are compared
-before they are timed. They take turns: a machine that is busy for a while slows all.
+start from the same weights and train on the same pairs, read from the same files; the losses of the first
+turn, which is not timed, must agree (DPO and MFPO). They take turns: a machine that is busy for a while slows all.
 """
 
 import importlib.metadata

@@ -5,7 +5,7 @@ Pictures of what is on disk: records, attacks, runs, and what models say.
     python -m extras.pictures attack  --records data/toy/mbpo.jsonl --out attack.png    what an attack does
     python -m extras.pictures curves  --runs out/noise_sweep --out sweep.png            metrics over a number
     python -m extras.pictures margins --runs out/text_only out/mfpo-1 --out m.png       MFPO's fairness figure
-    python -m extras.pictures story   --models out/mfpo/final out/mbpo/final --attacked a.jsonl --out s.png
+    python -m extras.pictures story   --models out/mfpo/final --attacked data/toy/attacked.jsonl --out s.png
 
 reads    records and their images; runs <name>-<seed> with eval.json; the metrics.jsonl of runs
 writes   one PNG; curves and margins need matplotlib. Under torchrun all processes answer for story

@@ -143,7 +143,7 @@ def env(_):
     row("device", torch.cuda.get_device_name() if CUDA else "cpu")
     versions = torch.__version__, str(torch.backends.cudnn.version()), transformers.__version__
     row("torch, cuDNN, transformers", ", ".join(versions))
-    row("bf16 matrix products, TFLOP/s", f"{bench.matrix_rate(DEVICE, HALF) / 1e12:.0f}", "790 (H100 here: 798)")
+    row("bf16 matrix products, TFLOP/s", f"{bench.matrix_rate(DEVICE, HALF) / 1e12:.0f}", "790 (H100)")
     if CUDA:
         a = torch.empty(2**30, device=DEVICE)
         _, took, _ = measured(a.clone)

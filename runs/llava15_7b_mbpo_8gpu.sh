@@ -7,7 +7,7 @@
 # QUESTIONS: about 2,000 closed-ended ones: python -m extras.sources <ScienceQA, AI2D, MMStar or MME> --out data/sqa --records 2000
 # Not yet run on GPUs. python bench.py plan --model 7b --gpus 8: 30 GB a GPU, most of it while sampling, and 55 groups/s
 # at 40 % of an H100's peak, which sampling token by token will not reach: plan for a third. 300 steps of 32 groups: 9
-# minutes then. Mining costs 12 forward passes and 10 backward passes a record, and its answer token by token.
+# minutes then. Mining costs 14 forward and 10 backward passes a record (2 forward if it is not chosen), and its answer token by token.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-llava-hf/llava-1.5-7b-hf} DATA=${DATA:-data/rlhfv} GPUS=${GPUS:-8}

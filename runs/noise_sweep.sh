@@ -2,7 +2,7 @@
 # How strong MFPO's noise should be (the paper sweeps the diffusion step and finds 500 best; its schedule is unknown): both
 # schedules over sqrt(abar_t), the share of the image that is left, which makes them comparable. Built-in world, over seeds.
 #
-#   bash runs/noise_sweep.sh              seeds 0 1 2 3 4, about 45 minutes on 2 cores; prints the table of docs/results.md
+#   bash runs/noise_sweep.sh              seeds 0 1 2 3 4, about 45 minutes on 2 cores; prints a table like that of docs/results.md (3 seeds, 3 more points)
 #   bash runs/noise_sweep.sh --quick      seed 0 and 160 records: shows that it runs
 #   SEEDS=0 POINTS="ddpm:400 vcd:500" SPLIT=val OUT=out/try bash runs/noise_sweep.sh
 set -euo pipefail

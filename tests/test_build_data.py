@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -1274,6 +1275,23 @@ def test_mistakes_on_the_command_line(world, monkeypatch, capsys, what, args, me
     assert sorted(world.rglob("*")) == before, "something was left behind"
 
 
+def test_all_of_eight_processes_wait_for_the_last(tmp_path):
+    """A broadcast is no barrier: with eight, rank 0 does not wait for rank 7 there."""
+
+    def main():
+        runtime.start()
+
+        def late(some):
+            time.sleep(runtime.rank() == 7)
+            return some
+
+        records = [{"id": str(k)} for k in range(16)]
+        assert parts.in_parts(tmp_path / "x", "record", "", records, 1, late) == records
+
+    script = types.SimpleNamespace(main=main, __name__="late")
+    assert finished(forked(script, processes=8)) == [0] * 8
+
+
 def test_a_command_is_needed(monkeypatch, capsys):
     assert "toy | mfpo | mbpo" in refused(monkeypatch, capsys, build_data)
     assert "got 'dpo'" in refused(monkeypatch, capsys, build_data, "dpo")
@@ -1282,8 +1300,10 @@ def test_a_command_is_needed(monkeypatch, capsys):
 def test_a_source_is_not_overwritten(world):
     for out in (world / "val.jsonl", world / "val", world / "images"):
         for config in (build_data.MfpoConfig, build_data.MbpoConfig):
-            with pytest.raises(ValueError, match="must be a .jsonl file other than"):
+            with pytest.raises(ValueError, match="must be a .jsonl file that does not write over"):
                 config(source=str(world / "val.jsonl"), out=str(out))
+    with pytest.raises(ValueError, match="must be a .jsonl file that does not write over"):
+        build_data.MfpoConfig(source=str(world / "x_heldout.jsonl"), out=str(world / "x.jsonl"))
 
 
 def test_the_next_command_is_named(world, monkeypatch, capsys):

@@ -67,8 +67,8 @@ def test_budgets_of_lines():
     assert not over, over
 
 
-SUMS = (2100, 4760, 6320)
-RAISED = {"runtime.py": 610, "hub.py": 240, "warmup.py": 256, "tables.py": 124, "eval.py": 470}  # LOG.md, 2026-11-25
+SUMS = (2100, 4750, 6310)
+RAISED = {"runtime.py": 614, "hub.py": 240, "warmup.py": 256, "tables.py": 124, "eval.py": 470}  # LOG.md, 2026-11-25
 
 
 @pytest.mark.parametrize("path", HOUSE)

@@ -442,7 +442,7 @@ def test_attacks_side_by_side(mined, monkeypatch, tmp_path, capsys):
         (["table", "--split", "train"], "invalid choice: 'train'"),
         (["table", "--convention", "mine"], "invalid choice: 'mine'"),
         (["table", "--modle", "x"], "Did you mean --model?"),
-        (["table", "--json", "nowhere/x.json"], "--json nowhere/x.json: lies in no folder"),
+        (["table", "--json", "nowhere/x.json"], "--json nowhere/x.json: is a folder, or lies in none"),
         (["table", "--base", "{base}", "--pairs", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["table", "--base", "nowhere"], "--model nowhere"),
         (["table", "--base", "{base}", "--data", "nowhere"], "no such file"),
