@@ -31,6 +31,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -44,6 +45,7 @@ import toy
 import warmup
 from runtime import Mistake, knob, say
 
+BOXED = ("key", "prior")  # kinds of region that are found by words
 STOP_WORDS = set(
     "a an the and or but if of to in on at by for with from into over under above below near between behind beside is "
     "are was were be been being has have had do does did can could will would may might shall should must i you he she "
@@ -71,19 +73,21 @@ def content_words(text):
     return positions
 
 
-def keywords(text, vector_of, top=5, phi=1.0, gamma=1.0, decay=0.05, damping=0.85):
-    """The image-relevant words of an answer, best first: weighted PageRank on a graph of its words (MFPO, "keywords").
+def keywords(text, vector_of, top=5, phi=1.0, gamma=1.0, decay=0.05, damping=0.85, topic=0.6):
+    """The image-relevant words of an answer, best first: weighted PageRank on a multipartite graph of its words (MFPO,
+    "keywords"; MultipartiteRank, Boudin 2018, arXiv:1803.08721). Words of one topic have no edge between them.
 
         theta_ij = sum over occurrences of 1 / (1 + |l_i - l_j|^phi)        positional influence
         S_ij     = cos(v_i, v_j)                                            semantic similarity
         kappa_i  = exp(-decay * l_i)                                        early words weigh more
-        w_ij     = (theta_ij + gamma * S_ij) * kappa_i                      edge from j into i
+        w_ij     = (theta_ij + gamma * S_ij) * kappa_i                      edge from j into i, of another topic
         score_i  = (1 - damping) + damping * sum_j w_ij / (sum_k w_kj) * score_j
 
     vector_of   word -> (E,) array;   returns  [(word, score)], at most `top`
 
     DEVIATION: all values are ours, K = 5 too; kappa is applied to the word that receives (on the giving word it would
-    cancel) at its first occurrence, a negative cosine counts as 0, every word is linked with every other.
+    cancel) at its first occurrence, a negative cosine counts as 0. A topic is ours: words that share a stem or whose
+    cosine is over `topic`, and what is linked through such words; with one topic alone the words rank by position.
     """
     positions = content_words(text)
     words = list(positions)
@@ -98,8 +102,11 @@ def keywords(text, vector_of, top=5, phi=1.0, gamma=1.0, decay=0.05, damping=0.8
 
     theta = np.array([[influence(a, b) for b in words] for a in words])
     kappa = np.exp(-decay * np.array([positions[word][0] for word in words]))  # (W,)
-    weight = (theta + gamma * similarity) * kappa[:, None]
-    np.fill_diagonal(weight, 0)
+    stems = np.array([re.sub("(?<=[a-z]{3})(ing|ed|er|est|ly|e)$", "", singulars(word)[-1]) for word in words])
+    alike = (similarity > topic) | (stems[:, None] == stems)
+    for k in range(len(words)):  # what is alike through word k is alike
+        alike |= alike[:, k : k + 1] & alike[k : k + 1]
+    weight = np.where(alike, 0, theta + gamma * similarity) * kappa[:, None]
     share = weight / np.maximum(weight.sum(0, keepdims=True), 1e-12)  # column j: how word j spreads its score
     score = np.ones(len(words))
     for _ in range(100):
@@ -111,17 +118,46 @@ def keywords(text, vector_of, top=5, phi=1.0, gamma=1.0, decay=0.05, damping=0.8
 # ------------------------------------------------------------------------------------- regions and distortion
 
 
+def is_about(word, phrase):
+    """Does a keyword name what a box is called, "tables" a "dining table"?"""
+    return bool(set(singulars(word)) & {form for other in content_words(phrase) for form in singulars(other)})
+
+
 def own_regions(record, words):
-    """The boxes that a record has of its keywords: "dining table" has those of "tables"."""
-    named, regions = {form for word in words for form in singulars(word)}, []
-    for o in record.get("objects", []):
-        if named & {form for word in content_words(o["word"]) for form in singulars(word)}:
-            regions.append({"word": o["word"], "box": o["box"]})
-    return regions
+    """The boxes that a record has of its keywords."""
+    named = [o for o in record.get("objects", []) if any(is_about(word, o["word"]) for word in words)]
+    return [{"word": o["word"], "box": o["box"]} for o in named]
+
+
+@torch.no_grad()
+def word_gains(policy, records, pixels):
+    """MBPO's information gain, word by word: for each record {content word of its chosen answer: nats per token}. Least
+    has the word that the language prior would have said without the image, pixels (B, 3, H, W).
+    """
+    batch = data.pack([policy.encoding.row(record, "chosen") for record in records], pixels).to(pixels.device)
+    blank = dataclasses.replace(batch, pixels=policy.mean.expand_as(pixels))
+    gains = []
+    for record, gain in zip(records, policy.logps(batch) - policy.logps(blank), strict=True):  # (T,)
+        spans = policy.encoding.spans(record["question"], record["chosen"])
+        places, words = [m.span() for m in re.finditer("[a-z]+", record["chosen"].strip().lower())], {}
+        for word, positions in content_words(record["chosen"]).items():
+            at = [places[p] for p in positions]
+            tokens = [t for t, (a, b) in enumerate(spans) if any(a < end and b > start for start, end in at)]
+            words[word] = gain[tokens].mean().item()
+        gains.append(words)
+    return gains
+
+
+def prior_regions(regions, masks, words, gain):
+    """Of regions (and their masks) those of one keyword: of the keywords that have any, the one with the least gain."""
+    for word in sorted((word for word in words if word in gain), key=gain.get):
+        if its := [i for i, region in enumerate(regions) if is_about(word, region["word"])]:
+            return [regions[i] for i in its], None if masks is None else masks[its]
+    return [], None
 
 
 def region_mask(kind, boxes, size, rng):
-    """(H, W) bool, True in the region to change. kind: key (the boxes, pixels, x1 and y1 exclusive) | random (a
+    """(H, W) bool, True in the region to change. kind: key, prior (the boxes, pixels, x1 and y1 exclusive) | random (a
     rectangle of 20 % of the area, the paper's ablation) | global (everything)
     """
     width, height = size
@@ -165,25 +201,59 @@ def distort(image, mask, root, mean, std, rng):
     return np.where(mask[..., None], noisy, image)
 
 
-def negative(image, mask, config, mean, std, rng):
+def erase(image, mask, rng):
+    """The region (mask (H, W) bool) of an image (H, W, 3) uint8 filled with its surroundings (ours): with colours that
+    grow in from its border, a pixel a round, each the mean of its neighbours, and with the grain of the pixels within
+    4 of the border (how each differs from the mean of its neighbours).
+    """
+    if mask.all():
+        return np.broadcast_to(image.mean((0, 1)).round().astype(np.uint8), image.shape)
+
+    def blurred(values, weight, reach=1):  # the mean over neighbours that count: (3, H, W), and where there are any
+        both = torch.cat([values * weight, weight])[None]
+        *total, count = F.avg_pool2d(both, 2 * reach + 1, 1, reach)[0]
+        return torch.stack(total) / count.clamp(min=1e-9), count > 1e-9
+
+    seen = torch.from_numpy(~mask)[None].float()  # (1, H, W): 1 where a colour is known
+    colour, known = torch.tensor(image).permute(2, 0, 1).float(), seen
+    band = (blurred(colour, 1 - seen, 4)[1] & (seen[0] > 0)).numpy()
+    grain = (colour - blurred(colour, seen)[0]).permute(1, 2, 0).numpy()[band]  # (pixels of the band, 3)
+    while not known.all():
+        mean, reached = blurred(colour, known)
+        colour, known = torch.where(known > 0, colour, mean), torch.maximum(known, reached.float())
+    filled = colour.permute(1, 2, 0).numpy()
+    filled[mask] += grain[rng.integers(len(grain), size=int(mask.sum()))]
+    return np.where(mask[..., None], filled.round().clip(0, 255).astype(np.uint8), image)
+
+
+def crop(image, rng):
+    """A random part of an image (H, W, 3) uint8, resized back: mDPO's negative (arXiv:2406.11839), whose public code
+    takes 1 to 20 % of the area, sides at 3:4 to 4:3, anywhere in the image.
+    """
+    height, width = image.shape[:2]
+    area, ratio = rng.uniform(0.01, 0.2) * height * width, (4 / 3) ** rng.uniform(-1, 1)
+    w, h = np.clip(np.round(np.sqrt([area * ratio, area / ratio])).astype(int), 1, [width, height])
+    x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
+    part = Image.fromarray(image[y : y + h, x : x + w])
+    return np.asarray(part.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def negative(image, mask, config, mean, std, rng, other=None):
     """The negative image m' of a record and the words that say what it is, which record, sheet and tables show. A
     negative of another kind is made here, and named here.
 
     image       (H, W, 3) uint8, as the model sees it;   mask  (H, W) bool, the region
-    mean, std   (3,) the vision tower's normalisation;   returns  (H, W, 3) uint8, text
+    mean, std   (3,) the vision tower's normalisation;   other  the image of another record, for "other"
+    returns     (H, W, 3) uint8, text
     """
+    if config.negative == "erase":
+        return erase(image, mask, rng), "all erased: the mean colour" if mask.all() else "erased"
+    if config.negative == "crop":
+        return crop(image, rng), "crop"
+    if config.negative == "other":
+        return other, "another record's image"
     root = sqrt_alpha_bar(config.schedule)[config.t]
     return distort(image, mask, root, mean, std, rng), f"noise {config.schedule} t={config.t}"
-
-
-def check_out(config):
-    """Mistake unless the records can be written: `out` a JSONL other than the source, which is there."""
-    out, source = Path(config.out), Path(config.source)
-    also = [out.with_name(f"{out.stem}{end}.jsonl") for end in ("", "_heldout", "_dropped", "_closed")]
-    if out.suffix != ".jsonl" or out.is_dir() or source.resolve() in [path.resolve() for path in also]:
-        raise Mistake(f"--out {out}: must be a .jsonl file that does not write over --source {source}")
-    if not source.is_file():
-        raise Mistake(f"--source {source}: no such file. python -m extras.sources makes one of a public dataset")
 
 
 def seeded(seed, record_id):
@@ -198,15 +268,20 @@ def load_images(records, config):
         return list(pool.map(lambda record: data.load_image(folder / record["image"]), records))
 
 
+def pixels_of(policy, images):
+    """PIL images as the policy sees them, on its device: (B, 3, H, W) float32 in [0, 1]."""
+    squares = [model.to_square(image, policy.image_size, policy.pad) for image in images]
+    return model.to_pixels(squares).to(policy.mean.device)
+
+
 # ---------------------------------------------------------------------------------------- `build_data.py mfpo`
 
 
 @dataclass
-class MfpoConfig:
-    source: str = knob("data/toy/preference.jsonl", "source records to turn into preferences")
-    model: str = knob("data/toy/base", "model to be trained: its embeddings rank keywords, its input size counts")
+class MfpoConfig(parts.Config):
     out: str = knob("data/toy/mfpo.jsonl", "where the records go; negative images go beside it")
-    region: Literal["key", "random", "global"] = knob("key", "where the image is changed (the paper's ablation)")
+    region: Literal["key", "prior", "random", "global"] = knob("key", "where the image is changed (prior: ours)")
+    negative: Literal["noise", "erase", "crop", "other"] = knob("noise", "what is done there; crop is mDPO's")
     # DEVIATION: the paper's best is t = 500 of a schedule that could not be found. vcd at 500 leaves 86 % of the
     # image, which does not hide a glyph of the toy world; ddpm at 400 leaves 44 %.
     schedule: Literal["vcd", "ddpm"] = knob("ddpm", "noise schedule")
@@ -215,36 +290,33 @@ class MfpoConfig:
     grounder: str = knob("", "finds keywords in images without boxes: a Grounding DINO or a SAM 3, id or folder")
     segmenter: str = knob("", "makes Grounding DINO's boxes masks: a SAM, id or folder; empty: boxes are used")
     threshold: float = knob(0.3, "a region counts if the grounder is as sure of it (ours)")
-    records: int = knob(0, "so many source records, drawn by the seed; 0: all")
     heldout: int = knob(0, "so many of them, drawn by the seed, go to <out>_heldout.jsonl, for a table")
-    skip_bad: bool = knob(False, "drop bad source records, counted by reason, instead of stopping at the first")
-    batch: int = knob(32, "records at a time; lower it when the grounder runs out of memory")
-    convention: Literal["", "original", "hub"] = knob("", "how it sees and is asked; empty: its folder's own")
-    seed: int = knob(0, "seed of the noise, the random regions and the draws")
 
     def __post_init__(self):
-        runtime.check(self, positive="top batch", not_negative="t threshold records heldout seed")
+        super().__post_init__()
+        runtime.check(self, positive="top", not_negative="t threshold heldout")
         if self.t > 999 or self.threshold >= 1:
             raise Mistake(f"--t {self.t} --threshold {self.threshold}: t lies in 0 to 999, threshold below 1")
         if self.segmenter and not self.grounder:
             raise Mistake("--segmenter needs the boxes of a --grounder: name a Grounding DINO too")
-        check_out(self)
+        if self.negative in ("crop", "other"):
+            self.region = "global"  # nothing is left of the image itself
 
 
-def mfpo_record(record, image, words, region, policy, config, save):
+def mfpo_record(record, image, words, region, others, policy, config, save):
     """One MFPO record: the paper's steps in its order. `words` are the keywords of the chosen answer (step 1), `region`
-    their regions in the image, with masks (n, H, W) or None (step 2).
+    their regions in the image, with masks (n, H, W) or None (step 2); `others` are all source records.
 
-    Falls back to the complete image, region_kind "global": with --region key where no keyword has a region (no box
-    and no grounder, nothing above its threshold), and where a mask is empty or the hub's crop leaves it out.
+    Falls back to the complete image, region_kind "global": with --region key or prior where no keyword has a region (no
+    box and no grounder, nothing above its threshold), and where a mask is empty or the hub's crop leaves it out.
     """
     rng, (regions, masks) = seeded(config.seed, record["id"]), region
     rejected, origin = record.get("rejected"), "given"
     if rejected is None:
         rejected, origin = toy.rejected(record, rng)
-    kind = config.region if regions or config.region != "key" else "global"
+    kind = config.region if regions or config.region not in BOXED else "global"
     mask = region_mask(kind, [region["box"] for region in regions], image.size, rng)  # 2. the region
-    if kind == "key" and masks is not None:
+    if kind in BOXED and masks is not None:
         mask = masks.any(0)
     # DEVIATION: the image is changed at the size at which the model sees it (what MFPO does could not be found): on
     # a large photograph the same noise would be averaged away when it is made small.
@@ -253,25 +325,38 @@ def mfpo_record(record, image, words, region, policy, config, save):
     mask = np.asarray(model.to_square(mask, **square, colour=0, resample=Image.Resampling.BOX)) > 0
     if not mask.any():
         kind, mask = "global", np.ones_like(mask)
-    seen = np.asarray(model.to_square(image, **square))
+    seen, other = np.asarray(model.to_square(image, **square)), record
+    while config.negative == "other" and other["image"] == record["image"]:
+        other = others[rng.integers(len(others))]
+    other = np.asarray(model.to_square(load_images([other], config)[0], **square)) if other is not record else None
     mean, std = (v.flatten().cpu().numpy().astype(np.float64) for v in (policy.mean, policy.std))
-    image_rejected, text = negative(seen, mask, config, mean, std, rng)  # 3. the distortion
+    image_rejected, text = negative(seen, mask, config, mean, std, rng, other)  # 3. the distortion
     name = save(image_rejected, record=record)
     line = {key: record[key] for key in data.SOURCE_FIELDS} | {"rejected": rejected, "rejected_from": origin}
     line |= {"image_rejected": name, "negative": text, "region_kind": kind}
-    line |= {"regions": regions if kind == "key" else [], "keywords": words, "source": record.get("source", "")}
+    line |= {"regions": regions if kind in BOXED else [], "keywords": words, "source": record.get("source", "")}
     return line | ({"origin": record["origin"]} if "origin" in record else {})
 
 
 def build_mfpo(config):
     """Source records -> MFPO records with negative images. All ranks call it."""
-    policy = hub.load(config.model, convention=config.convention, trained=False, weights=False)
+    prior = config.region == "prior"  # only this needs the model's weights
+    policy = hub.load(config.model, convention=config.convention, trained=False, weights=prior)
     table, out = hub.embeddings(policy.folder), Path(config.out)
     finder = grounding.load(config.grounder, config.segmenter, runtime.device()) if config.grounder else None
-    records = parts.read_source(config, functools.partial(parts.check_source, rejected=True))
+
+    def check(record):
+        parts.check_source(record, rejected=True)
+        if prior:
+            policy.encoding.row(record, "chosen")
+
+    records = parts.read_source(config, check)
+    if config.negative == "other" and len({record["image"] for record in records}) < 2:
+        raise Mistake(f"--negative other: {config.source} has one image only. Use another kind, or more records")
     here, folder = parts.parts_of(out, policy, config), out.with_name(f"{out.stem}_distorted")
     save = functools.partial(parts.save_image, folder=folder, parts=here)
-    say(f"{len(records)} records; noise: {config.schedule} t={config.t}, regions: {config.region}")
+    what = f"{config.negative}{f' {config.schedule} t={config.t}' if config.negative == 'noise' else ''}"
+    say(f"{len(records)} records; negative: {what}, regions: {config.region}")
 
     def vector_of(word):  # the mean of the model's input embeddings of its tokens: no other model is needed
         return table[policy.tokenizer(word, add_special_tokens=False)["input_ids"]].mean(0)
@@ -282,15 +367,19 @@ def build_mfpo(config):
         # DEVIATION: the paper has SAM find the keywords in the image; boxes that a record has are taken first.
         regions = [(own_regions(record, named), None) for record, named in zip(some, words, strict=True)]
         asked = [i for i, record in enumerate(some) if words[i] and not record.get("objects")]
-        if finder and config.region == "key" and asked:  # step 2
+        if finder and config.region in BOXED and asked:  # step 2
             answers = finder([images[i] for i in asked], [words[i] for i in asked], config.threshold)
             for i, region in zip(asked, answers, strict=True):
                 regions[i] = region
-        one = functools.partial(mfpo_record, policy=policy, config=config, save=save)
+        if prior:
+            gains = word_gains(policy, some, pixels_of(policy, images))
+            regions = [prior_regions(*one) for one in zip(*zip(*regions, strict=True), words, gains, strict=True)]
+        one = functools.partial(mfpo_record, others=records, policy=policy, config=config, save=save)
         with ThreadPoolExecutor(8) as pool:  # encoding images releases the interpreter's lock
             return list(pool.map(one, some, images, words, regions))  # steps 2 to 4
 
-    lines = parts.in_parts(here, "record", "distorting", records, config.batch, make)
+    with runtime.summoned(policy):
+        lines = parts.in_parts(here, "record", "distorting", records, config.batch, make)
 
     def finish():
         held = set(np.random.default_rng(config.seed).permutation(len(lines))[: config.heldout].tolist())
@@ -304,7 +393,7 @@ def build_mfpo(config):
         counts = Counter(f"{key} {line[key]}" for line in lines for key in ("region_kind", "rejected_from"))
         counts = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
         print("\n".join(f"wrote {path}: {len(rows)} records" for path, rows in files.items()) + f"; {counts}")
-        if config.region == "key" and "region_kind global" in counts and not config.grounder:
+        if config.region in BOXED and "region_kind global" in counts and not config.grounder:
             print("note: region_kind global: no keyword has a box there. Name a --grounder to find regions")
 
     runtime.first_alone(finish)
@@ -314,33 +403,28 @@ def build_mfpo(config):
 
 
 @dataclass
-class MbpoConfig:
-    source: str = knob("data/toy/preference.jsonl", "source records with a true answer each")
-    model: str = knob("data/toy/base", "model to attack; what it then says becomes the rejected answer")
+class MbpoConfig(parts.Config):
     out: str = knob("data/toy/mbpo.jsonl", "where the records go; attacked images and questions go beside it")
-    iig_keep: float = knob(0.5, "share of records kept, those with the largest image information gain; 1: all")
-    attack: Literal["pgd", "random"] = knob("pgd", "random, noise of the same size, is the control")
+    iig_keep: float = knob(0.0, "share of records kept, those of the largest gain (ours); 0: half, 1: all")
+    iig_min: float | None = knob(None, "or a cutoff, MBPO's way: the least gain that is kept, nats per token")
+    attack: Literal["pgd", "diffusion", "random"] = knob("pgd", "diffusion: the paper's control; random: ours")
     eps: str = knob("4/255", "largest change of a pixel, pixels being in [0, 1]; ours, see runs/mbpo_attack.sh")
     alpha: str = knob("1/255", "step; below 1/255 bfloat16 loses part of it; a negative one makes answers likelier")
     steps: int = knob(10, "steps of the attack")
     questions: int = knob(2000, "closed-ended questions to make of a toy source")
     max_new_tokens: int = knob(128, "answers that do not end within so many tokens are dropped")
     max_length: int = knob(2048, "tokens of image, question and answer; a longer record is bad, never cut")
-    records: int = knob(0, "so many source records, drawn by the seed; 0: all")
-    skip_bad: bool = knob(False, "drop bad source records, counted by reason, instead of stopping at the first")
-    batch: int = knob(32, "records per forward pass; lower it when memory runs out")
-    convention: Literal["", "original", "hub"] = knob("", "how it sees and is asked; empty: its folder's own")
-    seed: int = knob(0, "seed of the noise, the draws and the questions")
 
     def __post_init__(self):
-        positive = "iig_keep steps max_new_tokens max_length batch"
-        runtime.check(self, positive=positive, not_negative="questions records seed")
+        super().__post_init__()
+        runtime.check(self, positive="steps max_new_tokens max_length", not_negative="questions iig_keep")
         if self.iig_keep > 1:
             raise Mistake(f"--iig_keep {self.iig_keep}: a share in (0, 1]; 1 keeps all records")
+        if self.iig_keep and self.iig_min is not None:
+            raise Mistake(f"--iig_keep {self.iig_keep} --iig_min {self.iig_min}: a share or a cutoff, not both")
         if pixels_in("--eps", self.eps) < 1 / 255:
             raise Mistake(f"--eps {self.eps}: less than 1/255 vanishes when the image is rounded to 8 bits")
         pixels_in("--alpha", self.alpha.removeprefix("-"))
-        check_out(self)
 
 
 def pixels_in(flag, text):
@@ -434,17 +518,25 @@ def why_drop(line, ended, encoding):
 def mbpo_records(records, pixels, policy, config, save):
     """MBPO's records of source records that were chosen by their gain: the paper's steps in its order."""
     rows = [policy.encoding.row(record, "chosen") for record in records]
-    draws = [seeded(config.seed, record["id"]).uniform(-1, 1, pixels.shape[1:]) for record in records]
-    noise = torch.from_numpy(np.stack(draws)).float().to(pixels.device)
     eps, alpha = float(Fraction(config.eps)), float(Fraction(config.alpha))
-    steps = 0 if config.attack == "random" else config.steps  # only the control takes no steps
-    attacked = attack_images(policy, rows, pixels, noise, eps, alpha, steps)  # 1. the attack
+
+    def noise(kind, *options):
+        draws = [getattr(seeded(config.seed, r["id"]), kind)(*options, pixels.shape[1:]) for r in records]
+        return torch.from_numpy(np.stack(draws)).float().to(pixels.device)
+
+    if config.attack == "diffusion":  # the paper's control is POVID's noise: this schedule, t = 500, pixels in [0, 1]
+        root, used = sqrt_alpha_bar("vcd")[500], {"kind": "diffusion", "eps": 1.0, "t": 500}
+        noisy = root * pixels + (1 - root**2) ** 0.5 * noise("standard_normal")
+        attacked = (noisy.clamp(0, 1) * 255).round() / 255
+    else:
+        steps = 0 if config.attack == "random" else config.steps  # only the control takes no steps
+        used = {"kind": config.attack, "eps": round(eps, 6)}
+        used |= {"alpha": round(alpha, 6), "steps": steps} if steps else {}
+        attacked = attack_images(policy, rows, pixels, noise("uniform", -1, 1), eps, alpha, steps)  # 1. the attack
     with torch.no_grad():
         answers, ended = policy.generate(attacked, [row.prefix for row in rows], config.max_new_tokens)  # 2.
         batch = data.pack(rows, pixels).to(pixels.device)
         fall = mean_logp(policy, batch, pixels) - mean_logp(policy, batch, attacked)  # of the chosen answer
-    used = {"kind": config.attack, "eps": round(eps, 6)}
-    used |= {"alpha": round(alpha, 6), "steps": steps} if steps else {}
     lines = []
     for k, record in enumerate(records):
         image = (attacked[k] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
@@ -472,22 +564,21 @@ def build_mbpo(config):
     save = functools.partial(parts.save_image, folder=folder, parts=here)
     say(f"{len(records)} records; attack: {config.attack} eps={config.eps}")
 
-    def pixels_of(some):
-        squares = [model.to_square(image, policy.image_size, policy.pad) for image in load_images(some, config)]
-        return model.to_pixels(squares).to(policy.mean.device)
-
     def gains_of(some):
         rows = [policy.encoding.row(record, "chosen") for record in some]
-        gains = image_gain(policy, rows, pixels_of(some)).tolist()
+        gains = image_gain(policy, rows, pixels_of(policy, load_images(some, config))).tolist()
         return [{"iig": gain, "tokens": len(row.answers[0])} for gain, row in zip(gains, rows, strict=True)]
 
     def mine(some):
-        return mbpo_records(some, pixels_of(some), policy, config, save)
+        return mbpo_records(some, pixels_of(policy, load_images(some, config)), policy, config, save)
 
     with runtime.summoned(policy):
         lines = parts.in_parts(here, "gain", "information gain", records, config.batch, gains_of)
         gains, length = np.array([(line["iig"], line["tokens"]) for line in lines]).T
-        chosen = np.sort(np.argsort(-gains, kind="stable")[: max(1, round(len(gains) * config.iig_keep))])
+        most = max(1, round(len(gains) * (config.iig_keep or 0.5)))
+        if config.iig_min is not None and not (most := int((gains >= config.iig_min).sum())):
+            raise Mistake(f"--iig_min {config.iig_min}: no record gains as much, the most is {gains.max():.2f}")
+        chosen = np.sort(np.argsort(-gains, kind="stable")[:most])
         share = f"{len(chosen)} of {len(gains)}, {gains[chosen].mean():.2f} nats per token"
         say(f"information gain: chose {share} (all: {gains.mean():.2f}), "
             f"{length[chosen].mean():.1f} tokens an answer (all: {length.mean():.1f})")  # fmt: skip

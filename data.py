@@ -260,6 +260,14 @@ class Encoding:
             raise BadRecord("special token in an answer", message)
         return ids + [self.tokenizer.eos_token_id]
 
+    def spans(self, question, text):
+        """Where each token of an answer stands in it, [(start, end)] in characters; end-of-sequence at (0, 0)."""
+        prompt = self.template.format(question=question)
+        options = {"return_offsets_mapping": True}
+        offsets = self.tokenizer(f"{prompt} {text.strip()}", **options)["offset_mapping"]
+        start = len(self.tokenizer(prompt)["input_ids"])
+        return [(a - len(prompt) - 1, b - len(prompt) - 1) for a, b in offsets[start:]] + [(0, 0)]
+
     def row(self, record, *names):
         """A record's row: its image and question, then the answers in its fields `names` (none: to be sampled)."""
         row = Row(self.prompt(record["question"]), [], record["id"])

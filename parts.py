@@ -10,7 +10,9 @@ import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -20,9 +22,32 @@ import data
 import hub
 import runtime
 from data import BadRecord
-from runtime import Mistake
+from runtime import Mistake, knob
 
 # --------------------------------------------------------------------------------------------- source records in
+
+
+@dataclass
+class Config:
+    """The knobs of both builders; Mistake unless `out` is a JSONL other than the source, which is there."""
+
+    source: str = knob("data/toy/preference.jsonl", "source records, with a true answer each")
+    model: str = knob("data/toy/base", "the model to be trained: what it sees, would say, can be made to say")
+    out: str = knob("", "where the records go")
+    records: int = knob(0, "so many source records, drawn by the seed; 0: all")
+    skip_bad: bool = knob(False, "drop bad source records, counted by reason, instead of stopping at the first")
+    batch: int = knob(32, "records at a time; lower it when memory runs out")
+    convention: Literal["", "original", "hub"] = knob("", "how it sees and is asked; empty: its folder's own")
+    seed: int = knob(0, "seed of noise, random regions, draws and questions")
+
+    def __post_init__(self):
+        runtime.check(self, positive="batch", not_negative="records seed")
+        out, source = Path(self.out), Path(self.source)
+        also = [out.with_name(f"{out.stem}{end}.jsonl") for end in ("", "_heldout", "_dropped", "_closed")]
+        if out.suffix != ".jsonl" or out.is_dir() or source.resolve() in [path.resolve() for path in also]:
+            raise Mistake(f"--out {out}: must be a .jsonl file that does not write over --source {source}")
+        if not source.is_file():
+            raise Mistake(f"--source {source}: no such file. python -m extras.sources makes one of a public dataset")
 
 
 def check_source(record, rejected=False):
@@ -110,7 +135,7 @@ def key_of(record):
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:20]
 
 
-SAME = {"source", "model", "out", "records", "heldout", "skip_bad", "batch", "questions", "iig_keep"}
+SAME = {"source", "model", "out", "records", "heldout", "skip_bad", "batch", "questions", "iig_keep", "iig_min"}
 
 
 def parts_of(out, policy, config):

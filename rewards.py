@@ -62,11 +62,16 @@ def is_right(text, question):
     )
 
 
-def in_form(text, question):
-    """Is the text an answer in the form asked for and nothing else: Yes or No, a letter, digits, so many words?"""
+def in_form(text, question, words=0):
+    """Is the text an answer in the form asked for: Yes or No, a letter, digits, so many words? And no longer than asked
+    for: with `words` 0 it is that form and nothing else, else it starts with the form and has at most so many words.
+    """
     said, answer = text.strip().removesuffix(".").lower(), closed_answer(text, question)
     if answer is None:
         return False
+    if words:
+        start = re.findall(r"\w+", answer.lower())
+        return re.findall(r"\w+", said)[: len(start)] == start and len(said.split()) <= words
     if question["kind"] == "word":
         length = len(plain(question["answer"]).split())
         return plain(said) == plain(answer) and (bool(question.get("choices")) or len(plain(said).split()) == length)

@@ -279,18 +279,21 @@ class Config:
     seed: int = knob(0, "seed of the preference scenes and of the base model (val and test are the same for all)")
     preference: int = knob(2000, "scenes for preference records")
     heldout: int = knob(400, "scenes for validation, and as many for test")
+    preference_bias: float = knob(P_FAIR, f"how often an anchor brings its partner there ({P_BIASED}: as in training)")
 
     def __post_init__(self):
-        runtime.check(self, positive="preference heldout", not_negative="seed")
+        runtime.check(self, positive="preference heldout", not_negative="seed preference_bias")
+        if self.preference_bias > 1:
+            raise runtime.Mistake(f"--preference_bias {self.preference_bias}: a probability, in [0, 1]")
 
 
 def write(config):
     """Write <out>/{preference,val,test}.jsonl with images and closed_{val,test}.jsonl, each unless it is there."""
     out = Path(config.out)
     (out / "images").mkdir(parents=True, exist_ok=True)
-    made = {"seed": config.seed, "preference": config.preference, "heldout": config.heldout}
+    made = {name: value for name, value in vars(config).items() if name != "out"}
     if (out / "world.json").is_file():
-        before = json.loads((out / "world.json").read_text())
+        before = {"preference_bias": P_FAIR} | json.loads((out / "world.json").read_text())
         if before != made:
             print(f"note: {out} was built with {before} and stays so. For {made} name another folder with --out")
     else:
@@ -299,9 +302,10 @@ def write(config):
         if (out / f"{split}.jsonl").is_file():
             continue
         print(f"drawing {count} {split} scenes into {out}/images")
-        seed = config.seed if split == "preference" else 0  # all seeds are measured on the same scenes
-        records = []
-        for i, (image, objects, rng) in enumerate(scenes(split, count, seed)):
+        seed, bias, records = 0, P_FAIR, []  # all seeds are measured on the same scenes
+        if split == "preference":
+            seed, bias = config.seed, config.preference_bias
+        for i, (image, objects, rng) in enumerate(scenes(split, count, seed, bias)):
             record = {"id": f"{split}-{i}", "image": f"images/{split}_{i:05}.png"}
             Image.fromarray(image).save(out / record["image"])
             record["question"] = str(rng.choice(list(CAPTIONS)))

@@ -46,6 +46,7 @@ class Config:
     online_fraction: float = knob(0.5, "share of a step's groups that are questions; 0: mined pairs only, 1: none")
     group: int = knob(8, "answers sampled for each question, G; peers use 8")
     format_reward: float = knob(0.5, "reward for an answer in the asked form, nothing else; a right one has 1; ours")
+    answer_words: int = knob(0, "words of an answer that still has the form; 0: those asked for, no more (limit: ours)")
     clip: float = knob(0.2, "how far the ratio to the sampling policy may count; a usual value")
     kl: float = knob(0.2, "weight of the KL term; ours: on the toy the usual 0.04 costs 12 points of recall")
     updates_per_rollout: int = knob(1, "optimizer steps on the same groups; with 1 the ratio is 1, never clipped")
@@ -68,7 +69,7 @@ class Config:
 
     def __post_init__(self):
         positive = "clip updates_per_rollout max_new_tokens steps learning_rate clip_norm groups_per_step save_every"
-        zero = "format_reward kl weight_decay warmup_steps lora_rank groups_per_gpu seed online_fraction"
+        zero = "answer_words format_reward kl weight_decay warmup_steps lora_rank groups_per_gpu seed online_fraction"
         runtime.check(self, positive=f"{positive} max_length", not_negative=zero)
         if self.lora_rank and self.train_vision:
             raise Mistake("--train_vision and --lora_rank: adapters leave the tower as it is. Drop one of them")
@@ -101,9 +102,11 @@ PAIR_REWARDS = (2.0, 0.0)
 
 
 def reward(text, ended, question, config):
-    """The verified rewards of a sampled answer, not yet weighted: {"correct", "format"}, each 0 or 1."""
+    """The verified rewards of a sampled answer, not yet weighted: {"correct", "format"}, each 0 or 1. The paper's term
+    is for format and length: an answer that is longer than asked for, or that was cut off, has no format reward.
+    """
     correct = rewards.is_right(text, question)
-    form = ended and rewards.in_form(text, question)  # an answer that was cut off has no form
+    form = ended and rewards.in_form(text, question, config.answer_words)
     return {"correct": float(correct), "format": float(form)}
 
 

@@ -106,8 +106,8 @@ def reference_pass(policy, records, rows, path, batch):
 
     def score(packed):
         token_logp, token_entropy = policy.logps(packed, entropy=True)  # (3B, T)
-        # H of MFPO's curriculum. DEVIATION: over what the paper's is could not be found; ours is the mean
-        # over the chosen answer's tokens of the entropy of the next-token distribution.
+        # H of MFPO's curriculum. DEVIATION: a token entropy, the mean over the chosen answer's tokens of that of
+        # the next token. "Semantic entropy" in its own literature samples answers and groups them by meaning.
         entropy = (token_entropy.sum(1) / packed.answer_mask.sum(1)).view(-1, 3)[:, :1]
         return torch.cat([token_logp.sum(1).view(-1, 3), entropy], 1).tolist()
 
@@ -183,8 +183,8 @@ def main():
     runtime.heed_sigterm(True)
     clock = runtime.Clock()
     for step in range(first_step, steps):
-        # DEVIATION: how the paper schedules its stages could not be found; ours share one warm-up and one
-        # cosine, and the reference stays that of the start.
+        # DEVIATION: how the paper schedules its stages could not be found; ours share one warm-up and one cosine. Its
+        # alignment is "iterative": here the reference stays that of the start (runs/curriculum.sh renews it).
         lr = runtime.cosine(step, steps, config.learning_rate, config.warmup_steps, floor=0.1)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -17,7 +17,7 @@ arm() { # name, records, flags of train_mbpo.py
     local records=$data/${prefix}mbpo_$2.jsonl mining
     case $2 in
         pgd) mining="" ;;
-        random) mining="--attack random" ;;
+        random | diffusion) mining="--attack $2" ;;
         all) mining="--iig_keep 1" ;;
         eps_8) mining="--eps 8/255" ;;
     esac
@@ -36,10 +36,12 @@ for seed in $SEEDS; do
     arm mbpo pgd
     # The attack, the choice by information gain
     arm random_noise random
+    arm diffusion diffusion
     arm eps_8 eps_8
     arm no_gain all
     # Rewards and groups
     arm no_format pgd --format_reward 0
+    arm no_length pgd --answer_words 1000
     arm group_4 pgd --group 4
     arm group_16 pgd --group 16
 done

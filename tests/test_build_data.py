@@ -57,6 +57,116 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_erased_regions_look_like_their_surroundings(world):
+    """A red square on grey with a grain of its own: erased, its colours and grain are the grey's."""
+    rng = np.random.default_rng(0)
+    image = (120 + 6 * rng.standard_normal((40, 50, 3))).round().clip(0, 255).astype(np.uint8)
+    mask = np.zeros((40, 50), bool)
+    mask[10:25, 20:40] = True
+    image[mask] = (255, 0, 0)
+    config = build_data.MfpoConfig(source=str(world / "val.jsonl"), negative="erase")
+    out, text = build_data.negative(image, mask, config, MEAN, STD, np.random.default_rng(1))
+    assert text == "erased" and np.array_equal(out[~mask], image[~mask])
+    assert np.abs(out[mask].mean(0) - 120).max() < 3 and np.all((out[mask].std(0) > 3) & (out[mask].std(0) < 9))
+    corner = np.zeros((40, 50), bool)  # colours come from the border, not from the complete image
+    corner[:, 25:] = True
+    halves = np.where(corner[..., None], 200, 20).astype(np.uint8) * np.ones((1, 1, 3), np.uint8)
+    hole = np.zeros((40, 50), bool)
+    hole[15:25, 40:50] = True
+    assert np.all(build_data.erase(halves, hole, rng)[hole] == 200)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [("erase", "all erased: the mean colour"), ("crop", "crop"), ("noise", "noise")]
+)
+@pytest.mark.parametrize("size", [(1, 1), (9, 6)])
+def test_every_negative_of_a_region_that_is_all(world, kind, text, size):
+    image = np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(*size, 3)
+    config = build_data.MfpoConfig(source=str(world / "val.jsonl"), negative=kind)
+    out, said = build_data.negative(image, np.ones(size, bool), config, MEAN, STD, np.random.default_rng(0))
+    assert out.shape == image.shape and out.dtype == np.uint8 and said.startswith(text)
+    if kind == "erase":
+        assert np.abs(out - image.mean((0, 1))).max() <= 0.5
+
+
+def test_a_crop_is_a_part_of_the_image_of_the_size_that_mdpo_takes():
+    """Each pixel of the picture says where it is: the crop's corners tell what was cut."""
+    y, x = np.mgrid[0:200, 0:240]
+    image = np.stack([x, y, x * 0], -1).astype(np.uint8)
+    shares = []
+    for seed in range(60):
+        out = build_data.crop(image, np.random.default_rng(seed))
+        (x0, y0), (x1, y1) = out[0, 0, :2].astype(int), out[-1, -1, :2].astype(int)
+        assert out.shape == image.shape
+        shares.append((x1 - x0 + 1) * (y1 - y0 + 1) / (200 * 240))
+        assert 0.6 < (x1 - x0 + 1) / (y1 - y0 + 1) < 1.7
+    assert 0.005 < min(shares) < 0.04 and 0.16 < max(shares) < 0.21
+
+
+def test_prior_is_the_word_that_gains_least_from_the_image(world, base):
+    """Against the log-probabilities of single forward passes, a word's tokens picked by hand."""
+    records = data.read_lines(world / "val.jsonl")[:3]
+    images = [data.load_image(world / record["image"]) for record in records]
+    pixels = build_data.pixels_of(base, images)
+    gains = build_data.word_gains(base, records, pixels)
+    for record, image, gain in zip(records, pixels, gains, strict=True):
+        row, sides = base.encoding.row(record, "chosen"), []
+        for side in (image[None], base.mean.expand(1, 3, *image.shape[1:])):
+            with torch.no_grad():
+                sides.append(base.logps(data.pack([row], side))[0])
+        tokens = [base.tokenizer.decode([t]) for t in row.answers[0]]
+        for word, value in gain.items():
+            at = [t for t, token in enumerate(tokens) if token.strip().lower() == word]
+            assert value == pytest.approx(float((sides[0] - sides[1])[at].mean()), abs=1e-4)
+        assert {o["word"] for o in record["objects"]} <= gain.keys()
+    regions = [{"word": o["word"], "box": o["box"]} for o in records[0]["objects"]]
+    masks = np.eye(len(regions), dtype=bool)[:, None]
+    words = [region["word"] for region in regions]
+    (least,), mask = build_data.prior_regions(regions, masks, [*words, "unknown"], gains[0])
+    assert gains[0][least["word"]] == min(gains[0][word] for word in words)
+    assert np.array_equal(mask[0, 0], masks[words.index(least["word"]), 0])
+    assert build_data.prior_regions(regions, None, ["sky"], gains[0]) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "text"),
+    [
+        (["--negative", "crop"], "global", "crop"),
+        (["--negative", "other"], "global", "another record's image"),
+        (["--negative", "erase"], "key", "erased"),
+        (["--region", "prior", "--negative", "erase", "--top", 8], "prior", "erased"),
+    ],
+)
+def test_where_and_what_are_two_knobs(world, base, tmp_path, monkeypatch, flags, kind, text):
+    source = data.read_lines(world / "preference.jsonl")[:6]
+    shutil.copytree(world / "images", tmp_path / "images")
+    runtime.write_jsonl(tmp_path / "source.jsonl", source)
+    assert build(monkeypatch, world, "mfpo", tmp_path / "source.jsonl", tmp_path / "out.jsonl", *flags) == 0
+    records = data.read_records(tmp_path / "out.jsonl", data.MFPO_FIELDS)
+    assert {r["negative"] for r in records} == {text} and {r["region_kind"] for r in records} == {kind}
+    by_id = {r["id"]: r for r in source}
+    for record in records:
+        clean, changed = (np.asarray(Image.open(tmp_path / record[f])) for f in ("image", "image_rejected"))
+        assert not np.array_equal(clean, changed)
+        if kind == "prior":
+            (region,) = record["regions"]
+            others = [o["box"] for o in by_id[record["id"]]["objects"] if o["word"] != region["word"]]
+            assert all(np.array_equal(clean[b:d, a:c], changed[b:d, a:c]) for a, b, c, d in others)
+        if text.startswith("another"):
+            same = [r["id"] for r in source if np.array_equal(np.asarray(Image.open(tmp_path / r["image"])), changed)]
+            assert same and record["id"] not in same
+
+
+def test_another_records_image_needs_two_images(world, tmp_path, monkeypatch, capsys):
+    (record,) = data.read_lines(world / "preference.jsonl")[:1]
+    shutil.copytree(world / "images", tmp_path / "images")
+    runtime.write_jsonl(tmp_path / "source.jsonl", [record, record | {"id": "again"}])
+    assert (
+        build(monkeypatch, world, "mfpo", tmp_path / "source.jsonl", tmp_path / "o.jsonl", "--negative", "other") == 2
+    )
+    assert "has one image only" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def base(world):
     return hub.load(world / "base", trained=False)
@@ -136,7 +246,7 @@ def test_a_negative_is_the_noise_that_its_text_names(world, masked, schedule, t,
 def test_a_fork_changes_the_negative_in_one_function(world, monkeypatch, capsys):
     """Another negative: the record says so, its image is that, and so does the table's note."""
 
-    def erased(image, mask, config, mean, std, rng):
+    def erased(image, mask, config, mean, std, rng, other):
         return np.where(mask[..., None], 0, image).astype(np.uint8), "erased"
 
     monkeypatch.setattr(build_data, "negative", erased)
@@ -193,15 +303,45 @@ def test_keywords_against_a_graph_solved_by_hand():
     out = [sum(into[k][j] for k in range(3)) for j in range(3)]
     system = np.eye(3) - 0.85 * np.array([[into[i][j] / out[j] for j in range(3)] for i in range(3)])
     solved = np.linalg.solve(system, np.full(3, 0.15))  # the fixed point, without iterating
-    ranked = build_data.keywords(text, vectors.get)
+    ranked = build_data.keywords(text, vectors.get, topic=0.9)  # each word is a topic of its own
     assert dict(ranked) == pytest.approx(dict(zip(text.split(), solved, strict=True)), abs=1e-5)
     assert [word for word, _ in ranked] == sorted(text.split(), key=lambda w: -dict(ranked)[w])
-    assert build_data.keywords(text, vectors.get, top=2) == ranked[:2]
+    assert build_data.keywords(text, vectors.get, top=2, topic=0.9) == ranked[:2]
     assert build_data.keywords("it is what it is", vectors.get) == []
     # A cosine below zero counts as none, and a word of no direction breaks nothing.
     against = vectors | {"dog": np.array([-1.0, 0.0])}
     without = vectors | {"dog": np.zeros(2)}
     assert build_data.keywords(text, against.get) == build_data.keywords(text, without.get)
+
+
+def test_words_of_one_topic_have_no_edge():
+    """Against the leading eigenvector of the dense matrix, written out by hand: dog and table are alike (their
+    cosine is 0.8), parked and parking share a stem, so there are three topics and no edge inside of one.
+    """
+    words = ["cup", "dog", "parked", "table", "parking"]
+    vectors = {
+        "cup": [1.0, 0, 0],
+        "dog": [0.6, 0.8, 0],
+        "table": [0, 1.0, 0],
+        "parked": [0, 0, 1.0],
+        "parking": [0.4, -0.5, 0],
+    }
+    topic = [0, 1, 2, 1, 2]
+    unit = [np.array(vectors[w]) / np.linalg.norm(vectors[w]) for w in words]
+    matrix = np.zeros((5, 5))
+    for i in range(5):
+        for j in range(5):
+            if topic[i] != topic[j]:
+                matrix[i, j] = (1 / (1 + abs(i - j)) + max(0, unit[i] @ unit[j])) * math.exp(-0.05 * i)
+    google = 0.85 * matrix / matrix.sum(0) + 0.15 / 5  # columns sum to 1: its eigenvalue 1 is the largest
+    values, sides = np.linalg.eig(google)
+    leading = np.real(sides[:, np.argmax(values.real)])
+    ranked = build_data.keywords(" ".join(words), lambda word: np.array(vectors[word]), topic=0.7)
+    assert dict(ranked) == pytest.approx(dict(zip(words, 5 * leading / leading.sum(), strict=True)), abs=1e-5)
+    # What is alike through a third word is one topic; with one topic alone, words rank as they come.
+    chain = {"cup": [1.0, 0], "dog": [0.8, 0.6], "mat": [0.28, 0.96]}
+    order = build_data.keywords("mat cup dog", lambda word: np.array(chain[word]), topic=0.7)
+    assert [word for word, _ in order] == ["mat", "cup", "dog"] and len({score for _, score in order}) == 1
 
 
 def test_boxes_of_plural_and_double_words_are_those_of_the_keyword():
@@ -845,7 +985,16 @@ def parts_name(monkeypatch, world, what, **change):
     return names[0]
 
 
-CHANGES = {"region": "random", "schedule": "vcd", "t": 300, "top": 3, "grounder": "x", "threshold": 0.5, "seed": 1}
+CHANGES = {
+    "region": "random",
+    "negative": "erase",
+    "schedule": "vcd",
+    "t": 300,
+    "top": 3,
+    "grounder": "x",
+    "threshold": 0.5,
+    "seed": 1,
+}
 MINING = {"attack": "random", "eps": "8/255", "alpha": "2/255", "steps": 3, "max_new_tokens": 9, "seed": 1,
           "max_length": 99}  # fmt: skip
 OTHERS = {"batch": 3, "skip_bad": True, "records": 5}
@@ -1061,6 +1210,42 @@ def test_answers_come_from_attacked_images_and_not_from_clean_ones(world, base, 
         assert line["rejected"] == f"sum {after.sum():.3f}" != f"sum {clean.sum():.3f}"
 
 
+def test_the_papers_control_is_povids_noise(world, base, tmp_path, monkeypatch):
+    """--attack diffusion against plain floats: each pixel, in [0, 1], is sqrt(abar) of it plus noise."""
+    shutil.copytree(world / "images", tmp_path / "images")
+    source = tmp_path / "source.jsonl"
+    runtime.write_jsonl(source, data.read_lines(world / "val.jsonl")[:4])
+    args = ["--attack", "diffusion", "--iig_keep", 1, "--questions", 0, "--max_new_tokens", 30]
+    assert build(monkeypatch, world, "mbpo", source, tmp_path / "o.jsonl", *args) == 0
+    lines = data.read_lines(tmp_path / "o.jsonl") + data.read_lines(tmp_path / "o_dropped.jsonl")
+    assert len(lines) == 4
+    for line in lines:
+        assert line["attack"] == {"kind": "diffusion", "eps": 1.0, "t": 500}
+        clean, noisy = (np.asarray(Image.open(tmp_path / line[f]), float) / 255 for f in ("image", "image_attacked"))
+        normal = build_data.seeded(0, line["id"]).standard_normal((3, *clean.shape[:2]))
+        expected = 0.8630 * clean[5, 9, 1] + math.sqrt(1 - 0.8630**2) * normal[1, 5, 9]
+        assert noisy[5, 9, 1] == pytest.approx(min(1, max(0, expected)), abs=0.003)
+        inside = (noisy > 0) & (noisy < 1)
+        assert 0.35 < (noisy - 0.8630 * clean)[inside].std() < 0.52
+
+
+def test_a_cutoff_of_the_gain_keeps_what_gains_as_much(world, tmp_path, monkeypatch, capsys):
+    shutil.copytree(world / "images", tmp_path / "images")
+    source, out = tmp_path / "source.jsonl", tmp_path / "o.jsonl"
+    runtime.write_jsonl(source, data.read_lines(world / "val.jsonl")[:8])
+    more = ["--attack", "random", "--questions", 0, "--max_new_tokens", 1]  # all are dropped as too long, and told
+
+    def gains(*flags):
+        assert build(monkeypatch, world, "mbpo", source, out, *more, *flags) == 2
+        return sorted(line["iig"] for line in data.read_lines(tmp_path / "o_dropped.jsonl"))
+
+    every = gains("--iig_keep", 1)
+    assert len(every) == 8 and gains() == every[4:]
+    assert gains("--iig_min", (every[4] + every[5]) / 2) == every[5:]
+    assert build(monkeypatch, world, "mbpo", source, out, *more, "--iig_min", 99) == 2
+    assert "no record gains as much" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("attack", "alpha"), [("pgd", "-1/255"), ("random", "1/255")])
 def test_the_kind_and_the_sign_of_the_attack(world, monkeypatch, attack, alpha):
     """A negative step raises the answer; only the control takes no steps, and says so in its records."""
@@ -1242,7 +1427,10 @@ def test_a_rejected_answer_that_is_given_goes_before_the_models_own(world, monke
         ("mbpo", ["--alpha=--1/255"], "--alpha -1/255: must lie"),
         ("mbpo", ["--attack", "fgsm"], "invalid choice: 'fgsm'"),
         ("mbpo", ["--convention", "mine"], "invalid choice: 'mine'"),
-        ("mbpo", ["--iig_keep", "0"], "--iig_keep must be positive"),
+        ("mbpo", ["--iig_keep", "-1"], "--iig_keep must not be negative"),
+        ("mbpo", ["--iig_keep", "0.5", "--iig_min", "0"], "a share or a cutoff, not both"),
+        ("mbpo", ["--attack", "typo"], "invalid choice: 'typo'"),
+        ("mfpo", ["--negative", "typo"], "invalid choice: 'typo'"),
         ("mbpo", ["--iig_keep", "1.5"], "a share in (0, 1]"),
         ("mbpo", ["--steps", "0"], "--steps must be positive"),
         ("mbpo", ["--batch", "0"], "--batch must be positive"),

@@ -67,7 +67,7 @@ def test_budgets_of_lines():
     assert not over, over
 
 
-SUMS = (2100, 4750, 6310)
+SUMS = (2205, 4890, 6450)
 RAISED = {"runtime.py": 614, "hub.py": 240, "warmup.py": 256, "tables.py": 124, "eval.py": 470}  # LOG.md, 2026-11-25
 
 

@@ -113,3 +113,20 @@ def test_articles_case_and_marks_do_not_count(text, words):
 )
 def test_official_yes_no_parsing(answer, meaning):
     assert yes_or_no(answer) == meaning
+
+
+@pytest.mark.parametrize(
+    ("text", "question", "words", "form"),
+    [
+        ("Yes, there is a cup.", {"kind": "yesno", "answer": "Yes"}, 0, False),
+        ("Yes, there is a cup.", {"kind": "yesno", "answer": "Yes"}, 5, True),
+        ("Yes, there is a cup.", {"kind": "yesno", "answer": "Yes"}, 4, False),
+        ("There is a cup, yes.", {"kind": "yesno", "answer": "Yes"}, 9, False),
+        ("B. a pen", {"kind": "choice", "answer": "A", "choices": ["cup", "pen"]}, 3, True),
+        ("a pen is B.", {"kind": "choice", "answer": "A", "choices": ["cup", "pen"]}, 9, False),
+        ("3 cups", {"kind": "number", "answer": "3"}, 2, True),
+        ("red or blue", {"kind": "word", "answer": "red", "choices": ["red", "blue"]}, 9, False),
+    ],
+)
+def test_an_answer_longer_than_asked_for_has_no_form(text, question, words, form):
+    assert in_form(text, question, words) is form
