@@ -55,6 +55,9 @@ STOP_WORDS = set(
 )
 
 
+WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")  # as people write words: caf\u00e9, t-shirt, o'clock, don't
+
+
 def singulars(word):
     """A word as it is and without a plural's ending."""
     forms = [word]
@@ -64,10 +67,10 @@ def singulars(word):
 
 
 def content_words(text):
-    """The candidates for keywords, plurals merged into singulars: {word: [position, ...]}."""
-    words, positions = re.findall(r"[a-z]+", text.lower()), {}
+    """The candidates for keywords, plurals merged into singulars: {word: [position, ...]} among WORD's matches."""
+    words, positions = [re.sub("['\u2019](s|re|ve|ll|d|m)$", "", m.lower()) for m in WORD.findall(text)], {}
     for position, word in enumerate(words):
-        if len(word) > 1 and word not in STOP_WORDS:
+        if len(word) > 1 and word not in STOP_WORDS and not re.search("n['\u2019]t$", word):
             word = next((form for form in singulars(word)[1:] if form in words), word)
             positions.setdefault(word, []).append(position)
     return positions
@@ -139,7 +142,7 @@ def word_gains(policy, records, pixels):
     gains = []
     for record, gain in zip(records, policy.logps(batch) - policy.logps(blank), strict=True):  # (T,)
         spans = policy.encoding.spans(record["question"], record["chosen"])
-        places, words = [m.span() for m in re.finditer("[a-z]+", record["chosen"].strip().lower())], {}
+        places, words = [m.span() for m in WORD.finditer(record["chosen"].strip())], {}
         for word, positions in content_words(record["chosen"]).items():
             at = [places[p] for p in positions]
             tokens = [t for t, (a, b) in enumerate(spans) if any(a < end and b > start for start, end in at)]

@@ -27,7 +27,8 @@ log-probabilities are those of separate forward passes. Image tokens are never t
 
 import json
 import math
-import warnings
+import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from PIL import Image, ImageOps
 from runtime import Mistake
 
 MAX_PIXELS = 50_000_000  # larger images are refused: a decompression bomb would take the machine down (ours)
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # load_image checks MAX_PIXELS instead
+Image.MAX_IMAGE_PIXELS = None  # load_image checks MAX_PIXELS instead of Pillow, which warns
 MAX_ASPECT = 16  # longer strips are refused: padded to a square little of them is left, and grounders fail (ours)
 PAIR_FIELDS = dict.fromkeys(("id", "image", "question", "chosen", "rejected"), str)  # of MBPO
 MFPO_FIELDS = PAIR_FIELDS | {"image_rejected": str}
@@ -56,32 +57,51 @@ class BadRecord(Mistake):
         self.reason = reason
 
 
+def parsed(text):
+    """The object of a line; a BadRecord where it is not JSON, or where bytes were not UTF-8 (half a character each)."""
+    try:
+        text.encode()
+        return json.loads(text)
+    except UnicodeEncodeError:
+        return BadRecord("not UTF-8", "holds a byte that is not UTF-8. Mend or delete the line")
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+        return BadRecord("not JSON", f"not JSON ({str(error)[:80]}). Mend or delete the line")
+
+
+def whole(text):
+    """The items of a text that is not a record a line: of a JSON list, of a dict with one list in it, or objects over
+    several lines. A BadRecord where it is none of these.
+    """
+    text = text.strip()
+    items = parsed(text if text[:1] == "[" else "[" + re.sub(r"\}\s*\n\s*\{", "},{", text) + "]")
+    if isinstance(items, list) and len(items) == 1 and isinstance(items[0], dict):
+        lists = [value for value in items[0].values() if isinstance(value, list)]
+        items = lists[0] if len(lists) == len(items[0]) == 1 else items
+    return items
+
+
 def read_json(path):
-    """Yield (where, object) for each record of a JSONL file, or of a file that is one JSON list: where names file
-    and line (or item), object is a BadRecord where a line is not JSON. Mistake if the file cannot be read.
+    """Yield (where, object) for each record of a file: one a line (JSONL), or what `whole` reads. `where` names file
+    and line or item; a bad line is a BadRecord. Mistake if the file cannot be read.
     """
     path = Path(path)
     if not path.is_file():
         raise Mistake(f"{path}: no such file. Name an existing .jsonl or .json file")
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # -sig: with or without a byte-order mark
-            start = file.read(1 << 16).lstrip()[:1]
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # -sig: with a byte-order mark or without
+        start = next((line for line in file if line.strip()), "").strip()
+        file.seek(0)
+        one = parsed(start)
+        if not isinstance(one, dict) or len(one) == 1:  # else a record a line
+            items = whole(file.read())
             file.seek(0)
-            if start == "[":
-                try:
-                    yield from ((f"{path}, item {n}", item) for n, item in enumerate(json.load(file), 1))
-                except (ValueError, RecursionError) as error:
-                    raise Mistake(f"{path}: not JSON ({str(error)[:80]}). Mend it, or fetch it again") from None
+            if isinstance(items, list) or start[:1] == "[":
+                if isinstance(items, BadRecord):
+                    raise Mistake(f"{path}: {items}")
+                yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
                 return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        value = json.loads(line)
-                    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
-                        value = BadRecord("not JSON", f"not JSON ({str(error)[:80]}). Mend or delete the line")
-                    yield f"{path}, line {number}", value
-    except UnicodeDecodeError as error:
-        raise Mistake(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it") from None
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}, line {number}", parsed(line)
 
 
 def read_lines(path):
@@ -122,7 +142,7 @@ def check_question(record):
     right = {
         "yesno": ("Yes", "No"),
         "choice": tuple(LETTERS[: len(choices)]),
-        "number": (answer,) if answer.isascii() and answer.isdigit() else ("digits",),
+        "number": (answer,) if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", answer) else ("digits",),
         "word": choices or (answer,),
     }[kind]
     if answer not in right:
@@ -166,40 +186,50 @@ def load_image(file, name=""):
     file, if it is missing, damaged, too large, of a shape of which nothing would be left, or not of 8 bits a channel.
     """
     name = name or file
+    with decoding(name):
+        image = Image.open(file)
+    with image:
+        longer, shorter = max(image.size), min(image.size)
+        if longer * shorter > MAX_PIXELS:
+            raise BadRecord("image too large", f"{name}: {image.size} is over {MAX_PIXELS} pixels. Shrink it")
+        if longer > MAX_ASPECT * shorter:
+            message = f"{name}: {image.size} is over {MAX_ASPECT} times as long as wide. Crop or delete it"
+            raise BadRecord("image too long", message)
+        if image.mode[0] in "IF":  # their conversion to RGB clips: most of such an image would become white
+            message = f"{name}: has {image.mode} pixels, of more than 8 bits. Convert it to an 8-bit image"
+            raise BadRecord("image not of 8 bits", message)
+        with decoding(name):
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:  # what is drawn in black on nothing is seen black on white
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+
+
+@contextmanager
+def decoding(name):
+    """What Pillow's decoders raise on damaged files (struct.error and others) as a BadRecord that names the image."""
     try:
-        with Image.open(file) as image:
-            longer, shorter = max(image.size), min(image.size)
-            if longer * shorter > MAX_PIXELS:
-                raise BadRecord("image too large", f"{name}: {image.size} is over {MAX_PIXELS} pixels. Shrink it")
-            if longer > MAX_ASPECT * shorter:
-                message = f"{name}: {image.size} is over {MAX_ASPECT} times as long as wide. Crop or delete it"
-                raise BadRecord("image too long", message)
-            if image.mode[0] in "IF":  # their conversion to RGB clips: most of such an image would become white
-                message = f"{name}: has {image.mode} pixels, of more than 8 bits. Convert it to an 8-bit image"
-                raise BadRecord("image not of 8 bits", message)
-            return ImageOps.exif_transpose(image).convert("RGB")
+        yield
     except FileNotFoundError:
         raise BadRecord("image missing", f"{name}: no such image. Put it there or delete the record") from None
-    except BadRecord:
+    except (MemoryError, NameError, ImportError):  # the machine's trouble, or ours
         raise
-    except Exception as error:  # decoders raise whatever they like on damaged files, struct.error and others too
+    except Exception as error:
         message = f"{name}: cannot be read as an image ({str(error)[:80]}). Replace it or delete the record"
         raise BadRecord("image unreadable", message) from None
 
 
 def image_path(folder, name):
-    """The path of a record's image; BadRecord if `name` would leave `folder` (absolute, '..', or a link out)."""
-    folder = Path(folder).resolve()
-    try:
-        inside = not Path(name).is_absolute() and ".." not in Path(name).parts and name.isprintable()
-        inside = inside and all(len(part.encode()) < 256 for part in Path(name).parts)
-        inside = inside and (folder / name).resolve().is_relative_to(folder)
-    except (ValueError, OSError, RuntimeError):  # a zero byte, too long a name, links in a circle
-        inside = False
-    if not inside:
+    """The path of a record's image; BadRecord if `name`, as it is written, would leave `folder` (absolute or '..'). It
+    may be a link: hub caches and LLaVA's own folders are full of them.
+    """
+    parts = Path(name).parts
+    inside = parts and not Path(name).is_absolute() and ".." not in parts and name.isprintable()
+    if not inside or any(len(part.encode(errors="replace")) > 255 for part in parts):
         message = f"image {name[:100]!r} lies outside {folder}. Use a path relative to the data folder, inside it"
         raise BadRecord("image outside the folder", message)
-    return folder / name
+    return Path(folder) / name
 
 
 # ------------------------------------------------------------------------------------------------ token ids

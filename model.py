@@ -242,8 +242,7 @@ def to_square(image, size, pad, colour=PAD_COLOUR, resample=Image.Resampling.BIC
         square = Image.new(image.mode, (side, side), colour)
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         return square.resize((size, size), resample)
-    scale = size / min(width, height)
-    image = image.resize((max(size, int(width * scale)), max(size, int(height * scale))), resample)
+    image = image.resize((max(size, size * width // height), max(size, size * height // width)), resample)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 

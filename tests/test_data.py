@@ -103,8 +103,7 @@ def test_a_broken_line_is_one_bad_record_and_the_rest_is_read(tmp_path):
         (b'[{"id": "1"}, {"id"', "not JSON"),
         (b'[{"id": "1"}] and more', "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b'{"id": "caf\xe9"}\n', "not UTF-8 text .* at byte 11"),
-        (b'["caf\xe9"]', "not UTF-8 text"),
+        (b'["caf\xe9"]', "holds a byte that is not UTF-8"),
     ],
 )
 def test_files_that_cannot_be_read_are_told_in_one_line(tmp_path, content, message):
@@ -114,6 +113,22 @@ def test_files_that_cannot_be_read_are_told_in_one_line(tmp_path, content, messa
     assert "\n" not in str(error.value) and len(str(error.value)) <= 300
     with pytest.raises(Mistake, match="none.json: no such file. Name"):
         list(data.read_json(tmp_path / "none.json"))
+
+
+def test_a_byte_that_is_not_utf8_spoils_its_line_only(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"id": "1", "a": 1}\n{"id": "caf\xe9", "a": 1}\n{"id": "2", "a": 1}\n')
+    (_, one), (where, bad), (_, two) = data.read_json(tmp_path / "x.jsonl")
+    assert (one["id"], two["id"]) == ("1", "2") and bad.reason == "not UTF-8" and where.endswith("x.jsonl, line 2")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("form", ["list", "dict", "objects"])
+def test_json_is_read_by_its_content(tmp_path, form, indent):
+    rows = [{"id": str(n), "text": "a }\n{ b", "more": [{"x": 1}, {"x": 2}]} for n in range(3)]
+    texts = {"list": json.dumps(rows, indent=indent), "dict": json.dumps({"data": rows}, indent=indent)}
+    texts["objects"] = "\n".join(json.dumps(row, indent=indent) for row in rows)
+    (tmp_path / "x").write_text(texts[form])
+    assert [value for _, value in data.read_json(tmp_path / "x")] == rows
 
 
 # -------------------------------------------------------------------------------------------- checked records
@@ -149,7 +164,6 @@ BAD = {
     "folder as image": ({**GOOD, "image": "images"}, "no such image"),
     "dots": ({**GOOD, "image": "../a.png"}, "lies outside"),
     "absolute": ({**GOOD, "image_rejected": "/etc/passwd"}, "lies outside"),
-    "link": ({**GOOD, "image": "images/link.png"}, "lies outside"),
     "zero byte": ({**GOOD, "image": "a\0.png"}, "lies outside"),
     "half a character": ({**GOOD, "chosen": "a \ud800"}, "'chosen' holds half a character"),
     "deep brackets": ("[" * 100_000, "not JSON"),
@@ -160,7 +174,6 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_the_first_bad_record_is_named_with_file_line_field_and_remedy(folder, case, monkeypatch):
     record, message = BAD[case]
-    (folder / "images" / "link.png").symlink_to("/etc/hostname")
     write(folder, {**GOOD, "id": "first"}, record, {**GOOD, "id": ""})
     monkeypatch.chdir(folder)
     with pytest.raises(Mistake, match=rf"^mfpo.jsonl, line 2: .*{message}") as error:
@@ -300,7 +313,33 @@ def test_images_that_cannot_be_used_are_named_with_a_remedy(folder, monkeypatch)
         data.load_image(file, "row 7")
 
 
-@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, KeyError, MemoryError])
+def test_what_is_drawn_on_nothing_is_seen_on_white(folder, recwarn):
+    """A black stroke, by Pillow's own rules of each mode, and no warning of Pillow's."""
+    drawing = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    drawing.paste((0, 0, 0, 255), (5, 5, 10, 10))
+    modes = {"RGBA": drawing, "LA": drawing.convert("LA"), "P": drawing.quantize(8), "PA": drawing.convert("PA")}
+    for mode, image in modes.items():
+        image.save(folder / f"{mode}.{'tif' if mode == 'PA' else 'png'}")
+    grey = Image.new("L", (20, 20), 0)
+    grey.paste(255, (0, 0, 20, 5))
+    grey.save(folder / "key.png", transparency=255)  # white counts as nothing
+    for path in [*folder.glob("[LPR]*.png"), *folder.glob("*.tif")]:
+        seen = np.asarray(data.load_image(path))
+        assert seen[7, 7].max() < 20 and seen[15, 15].min() > 235, path.name
+    assert np.asarray(data.load_image(folder / "key.png"))[2, 2].tolist() == [255] * 3
+    assert not recwarn.list
+
+
+def test_our_own_trouble_is_no_bad_image(folder, monkeypatch):
+    def fail(image):
+        raise MemoryError
+
+    monkeypatch.setattr(data.ImageOps, "exif_transpose", fail)
+    with pytest.raises(MemoryError):
+        data.load_image(folder / "images" / "a.png")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, KeyError])
 def test_a_decoder_may_fail_as_it_likes(folder, monkeypatch, error):
     def fail(image):
         raise error("x")
@@ -313,10 +352,9 @@ def test_a_decoder_may_fail_as_it_likes(folder, monkeypatch, error):
 def test_no_name_leads_out_of_the_folder(folder):
     (folder / "inside.png").symlink_to("images/a.png")
     (folder / "out").symlink_to("/etc")
-    (folder / "circle").symlink_to("circle")
-    for name in ("images/a.png", "inside.png", "images/not_there_yet.png"):
-        assert data.image_path(folder, name) == folder.resolve() / name
-    for name in ("../x.png", "images/../images/a.png", "/etc/hostname", "out/hostname", "a\0b", "circle/x"):
+    for name in ("images/a.png", "inside.png", "images/not_there_yet.png", "out/a.png"):  # links are how hubs cache
+        assert data.image_path(folder, name) == folder / name
+    for name in ("../x.png", "images/../images/a.png", "/etc/hostname", "a\0b", "", "x" * 256):
         with pytest.raises(data.BadRecord, match="lies outside .* relative to the data folder") as error:
             data.image_path(folder, name)
         assert error.value.reason == "image outside the folder"

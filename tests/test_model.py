@@ -150,11 +150,37 @@ def test_a_pair_is_both_answers_and_the_chosen_one_of_the_distorted_image(policy
 
 def test_pixels_equal_the_hub_processor(policy):
     rng = np.random.default_rng(0)
-    for size in ((64, 64), (100, 80), (64, 200), (31, 90)):
+    for size in ((64, 64), (100, 80), (64, 200), (31, 90), (147, 49), (49, 98), *rng.integers(32, 400, (54, 2))):
         image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
         theirs = policy.processor.image_processor(image, return_tensors="pt")["pixel_values"]
         ours = (model.to_pixels([model.to_square(image, 64, pad=False)]) - policy.mean) / policy.std
         assert (ours - theirs).abs().max().item() < 1e-5, size
+
+
+@pytest.mark.parametrize("size", [64, 224, 336])
+def test_every_size_is_the_hub_processors(monkeypatch, size):
+    """Of all pairs of sides from 32 to 1,500 the longer one as transformers computes it, int(size * long / short)."""
+    sides, asked = np.arange(32, 1501), []
+    long, short = np.meshgrid(sides, sides)
+    theirs = (size * long / short).astype(int)
+    assert np.array_equal(theirs, size * long // short)
+
+    class Sized:
+        def __init__(self, width, height):
+            self.size, self.width, self.height = (width, height), width, height
+
+        def resize(self, size, resample):
+            asked.append(size)
+            return Sized(*size)
+
+        def crop(self, box):
+            return box
+
+    for width, height in [(1500, 32), (49, 147), (1103, 987), (640, 481)]:
+        left, top, right, bottom = model.to_square(Sized(width, height), size, pad=False)
+        w, h = asked[-1]
+        assert (w, h) == (max(size, size * width // height), max(size, size * height // width))
+        assert (left, top) == (int((w - size) / 2), int((h - size) / 2)) and right - left == bottom - top == size
 
 
 def test_the_original_convention_pads_to_a_square():

@@ -47,7 +47,7 @@ DARK = {"kind": "word", "answer": "dark red", "choices": ["red", "dark red"]}
         (NUMBER, "1,200 cups", "1200", False, False),
         (NUMBER, "9" * 5000, "9" * 5000, False, True),
         (NUMBER, "00 cups", "0", False, False),
-        (NUMBER, "three", None, False, False),
+        (NUMBER, "three", "3", True, False),
         (COLOUR, "red", "red", True, True),
         (COLOUR, "Red.", "red", True, True),
         (COLOUR, "It is red", "red", True, False),
@@ -58,7 +58,7 @@ DARK = {"kind": "word", "answer": "dark red", "choices": ["red", "dark red"]}
         (WORD, "tower", "tower", False, False),
         (WORD, "i do not know what it is", "i do not know what it is", False, False),
         (DARK, "dark red", "dark red", True, True),
-        (DARK, "it is dark red", None, False, False),  # names "red" as well
+        (DARK, "it is dark red", "dark red", True, False),
     ],
 )
 def test_answers_to_closed_ended_questions(question, text, said, right, form):
@@ -130,3 +130,101 @@ def test_official_yes_no_parsing(answer, meaning):
 )
 def test_an_answer_longer_than_asked_for_has_no_form(text, question, words, form):
     assert in_form(text, question, words) is form
+
+
+# One reader for case, quotes, emphasis, brackets and whole sentences; right is what a person reads.
+Y = {"kind": "yesno", "answer": "Yes"}
+C = {"kind": "choice", "answer": "B", "choices": ["cup", "a pen", "dark red pen", "red"]}
+N = {"kind": "number", "answer": "3"}
+W = {"kind": "word", "answer": "red", "choices": ["red", "dark red", "blue"]}
+F = {"kind": "word", "answer": "grey"}
+READINGS = [
+    ("Yes", Y, "Yes"),
+    ("yes.", Y, "Yes"),
+    ("NO!", Y, "No"),
+    ("**No**", Y, "No"),
+    ('"No"', Y, "No"),
+    ("No:", Y, "No"),
+    ("Yes. No.", Y, None),
+    ("The answer is no.", Y, "No"),
+    ("Answer: Yes", Y, "Yes"),
+    ("There isn't a cup.", Y, "No"),
+    ("It is not there.", Y, "No"),
+    ("Yes, it is not raining.", Y, "Yes"),
+    ("maybe", Y, None),
+    ("I know.", Y, None),
+    ("", Y, None),
+    ("'Yes'", Y, "Yes"),
+    ("There isn’t one", Y, "No"),
+    ("(yes)", Y, "Yes"),
+    ("Nothing", Y, None),
+    ("yes yes", Y, "Yes"),
+    ("The answer is yes. The answer is no.", Y, None),
+    ("B", C, "B"),
+    ("b", C, "B"),
+    ("B.", C, "B"),
+    ("(B)", C, "B"),
+    ("(b) a pen", C, "B"),
+    ("B. a pen", C, "B"),
+    ("A. pen", C, None),
+    ("The answer is B", C, "B"),
+    ("The answer is (B).", C, "B"),
+    ("Answer: B", C, "B"),
+    ("**B**", C, "B"),
+    ("a pen", C, "B"),
+    ("It is a pen.", C, "B"),
+    ("dark red pen", C, "C"),
+    ("a dark red pen", C, "C"),
+    ("cup or pen", C, None),
+    ("A. B. C. D.", C, None),
+    ("A cup", C, "A"),
+    ("a cup", C, "A"),
+    ("E", C, None),
+    ("B - a pen", C, "B"),
+    ("Option B", C, "B"),
+    ("A, B", C, None),
+    ("", C, None),
+    ("I think it is red", C, "D"),
+    ("The answer is A. The answer is B.", C, None),
+    ("B) a pen", C, "B"),
+    ("B: a pen", C, "B"),
+    ("3", N, "3"),
+    ("3.", N, "3"),
+    ("three", N, "3"),
+    ("There are three cups.", N, "3"),
+    ("3.0", N, "3"),
+    ("-3", N, "-3"),
+    ("3.5", N, "3.5"),
+    ("1,000", N, "1000"),
+    ("3 or 4", N, None),
+    ("3 (three)", N, "3"),
+    ("03", N, "3"),
+    ("x3", N, None),
+    ("3-4", N, None),
+    ("**3**", N, "3"),
+    ("The answer is 3.", N, "3"),
+    ("Answer: three", N, "3"),
+    ("none", N, None),
+    ("3rd", N, None),
+    ("−3", N, "-3"),
+    ("3, I think", N, "3"),
+    ("red", W, "red"),
+    ("Red.", W, "red"),
+    ("dark red", W, "dark red"),
+    ("It is dark red.", W, "dark red"),
+    ("red and dark red", W, None),
+    ("red or blue", W, None),
+    ("'red'", W, "red"),
+    ("the red one", W, "red"),
+    ("reddish", W, None),
+    ("The answer is blue", W, "blue"),
+    ("grey", F, "grey"),
+    ("The grey", F, "grey"),
+    ("Answer: Grey.", F, "grey"),
+    ("", F, None),
+]
+
+
+@pytest.mark.parametrize(("text", "question", "said"), READINGS)
+def test_an_answer_is_read_as_a_person_reads_it(text, question, said):
+    assert closed_answer(text, question) == said
