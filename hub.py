@@ -1,9 +1,8 @@
 """
-A Hugging Face LLaVA folder in, a Hugging Face LLaVA folder out; and a name for all that a model's numbers depend on.
+A Hugging Face LLaVA folder in, a Hugging Face LLaVA folder out; a name for all that its numbers depend on.
 
 Only safetensors are read (a pickle could run code), and no code from a folder is run. Rank 0 reads a model in
-float32 and the others get their slices from it: that takes 28 GB of host memory for 7B, 53 GB for 13B, twice that
-to export all weights.
+float32, the others get their slices from it: 28 GB of host memory for 7B, 53 GB for 13B, twice to export.
 """
 
 import hashlib
@@ -16,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
@@ -69,17 +69,13 @@ def read_config(path, folder):
         need = "only of clip_vision_model, llama, default, one layer, as LLaVA-1.5 is, are trained here"
         raise Mistake(f"--model {path}: a LLaVA of {', '.join(parts)}, features of layer {layer}; {need}")
     if not list(folder.glob("*.safetensors")):
-        raise Mistake(
-            f"--model {path}: holds no .safetensors. A pickle can run code. If you trust it, convert it: python -c "
-            '"from transformers import LlavaForConditionalGeneration as L; '
-            f"p = '{path}'; L.from_pretrained(p).save_pretrained(p + '-safe')\""
-        )
+        remedy = "If you trust it, read it with transformers, and save model and processor elsewhere"
+        raise Mistake(f"--model {path}: holds no .safetensors. A pickle can run code. {remedy}")
     return config
 
 
 def load(path, train_vision=False, convention="", trained=True, lora_rank=0, recompute=False, weights=True):
-    """A Policy from a LLaVA folder or hub id, on this rank's device, sharded over all ranks, which all call it. Mistake
-    if it is no such folder. Weights are float32, whatever the files hold (on GPUs: runtime.shard).
+    """A Policy from a LLaVA folder or hub id, in float32, sharded over all ranks (runtime.shard).
 
     train_vision   train the vision tower too;   trained  False: nothing is trained (a reference, a table)
     convention     original | hub; empty: what the folder says (convention.json), else original
@@ -94,13 +90,10 @@ def load(path, train_vision=False, convention="", trained=True, lora_rank=0, rec
     except (OSError, ValueError) as error:
         raise Mistake(f"--model {path}: no tokenizer and processor ({last_line(error)}). Fetch it again") from None
     stored = folder / "convention.json"
-    if not convention and stored.is_file():
-        try:
-            convention = json.loads(stored.read_text())["convention"]
-            CONVENTIONS[convention]
-        except (ValueError, KeyError, TypeError):
-            raise Mistake(f"{stored}: names none of {', '.join(CONVENTIONS)}. Mend it, or use --convention") from None
-    convention = convention or "original"
+    if not convention:
+        convention = json.loads(stored.read_text())["convention"] if stored.is_file() else "original"
+    if convention not in CONVENTIONS:
+        raise Mistake(f"{stored}: names none of {', '.join(CONVENTIONS)}. Mend it, or use --convention")
     words = processor.tokenizer(CONVENTIONS[convention].template.format(question=""))["input_ids"]
     if processor.tokenizer.unk_token_id in words:
         message = f"its tokenizer does not know the words of the {convention!r} template"
@@ -166,8 +159,8 @@ def fingerprint(policy, folder, records):
             while block := content.read(1 << 24):
                 sha.update(block)
     settings = [policy.encoding.template, policy.pad, policy.mean.tolist(), policy.std.tolist()]
-    settings += [runtime.device().type, policy.config.to_dict()]
-    settings += [policy.tokenizer.backend_tokenizer.to_str(), digest(folder, records)]
+    settings += [runtime.device().type, policy.config.to_dict(), policy.tokenizer.backend_tokenizer.to_str()]
+    settings += [digest(folder, records)]
     sha.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return sha.hexdigest()[:16]
 
@@ -188,19 +181,13 @@ def write_aside(policy, folder, write):
     shutil.rmtree(old, ignore_errors=True)
 
 
-# What final/ holds: the base's config, tokenizer, processor, template and generation settings; convention.json, how
-# it is asked; all weights as safetensors in the base's precision under the hub's names, the trained ones in place of
-# the base's, adapters merged. transformers, vLLM and lmms-eval load it as any LLaVA-1.5.
 @torch.no_grad()
 def export(policy, folder):
-    """Write a trained policy to `folder`. The folder that it came from is read again and what was trained put in its
-    place, so what was not trained is exact. All ranks call it, for slices are gathered; rank 0 writes.
+    """Write a trained policy to `folder`, as docs/scale.md has it. The base is read again and what was trained
+    put in its place, adapters merged, so that the rest is exact. All ranks call it; rank 0 writes.
     """
-    trained = {}
-    for name, parameter in policy.hf.named_parameters():
-        if parameter.requires_grad:
-            full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
-            trained[name] = full.cpu() if runtime.rank() == 0 else None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    trained = get_model_state_dict(policy.hf, options=options)  # gathered from all ranks, on rank 0 alone
 
     def write(aside):
         hf = read_weights(policy.folder, policy.folder)

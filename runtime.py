@@ -1,6 +1,6 @@
 """
-What both trainers need and neither paper mentions: the command line, mistakes, the process group, sharding, the
-learning rate, checkpoints, the log. A plain `python` run is a world of one process, so that no line elsewhere asks
+What both trainers need and neither paper mentions: the command line, mistakes, ranks, sharding, the learning
+rate, checkpoints, the log. A plain `python` run is a world of one process, so that no line elsewhere asks
 "if distributed". Nothing here knows a method or a record.
 """
 
@@ -9,18 +9,18 @@ import dataclasses
 import difflib
 import functools
 import gc
-import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -28,9 +28,6 @@ from typing import Literal, get_args, get_origin
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -69,10 +66,8 @@ def check(config, positive="", not_negative=""):
 
 
 def parse_config(config_class, argv=None, description=None):
-    """The command line as a `config_class`; words before all flags are its `paths`. Mistake on a wrong flag or value.
-
-    Two defaults of the parser that bite are switched off: --bet would be taken for --beta, and a file named
-    <script>.args beside the script would be read without a word.
+    """The command line as a `config_class`; words before all flags are its `paths`. Two defaults that bite
+    are off: --bet would be taken for --beta, and a file <script>.args beside the script be read in silence.
     """
     from transformers import HfArgumentParser  # here: tests of pure arithmetic need no transformers
 
@@ -84,10 +79,9 @@ def parse_config(config_class, argv=None, description=None):
         pass  # --help shows the defaults, and the script's docstring as it was written
 
     argv = sys.argv[1:] if argv is None else argv
-    if words := list(itertools.takewhile(lambda word: not word.startswith("-"), argv)):
-        if "paths" not in {field.name for field in dataclasses.fields(config_class)}:
-            raise Mistake(f"unknown argument {words[0]!r}. See --help")
-        argv = ["--paths", *words, *argv[len(words) :]]
+    knobs = [field.name for field in dataclasses.fields(config_class)]
+    if "paths" in knobs and argv and not argv[0].startswith("-"):
+        argv = ["--paths", *argv]
     parser = Parser(config_class, description=description, formatter_class=Formatter, allow_abbrev=False)
     config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
@@ -98,9 +92,7 @@ def parse_config(config_class, argv=None, description=None):
 
 
 def parse_command(doc, commands, moved=()):
-    """The command line of a script with commands {name: config class}, as (name, config). `moved` has flags of
-    older versions and the commands that stand for them now.
-    """
+    """(name, config) of a script with commands {name: config class}; `moved` has old flags' new commands."""
     argv = sys.argv[1:]
     if gone := [flag for flag in (word.split("=")[0] for word in argv) if flag in moved]:
         raise Mistake(f"{gone[0]} is gone: it is now {moved[gone[0]]}")
@@ -108,8 +100,8 @@ def parse_command(doc, commands, moved=()):
         print(f"{doc}\nEach of {', '.join(commands)} takes --help.")
         sys.exit(0)
     if not argv or argv[0] not in commands:
-        got = f", got {argv[0]!r}" if argv else ""
-        raise Mistake(f"{Path(sys.argv[0]).name} needs what to do first: {' | '.join(commands)}{got}")
+        script, got = Path(sys.argv[0]).name, argv[0] if argv else "nothing"
+        raise Mistake(f"{script} needs what to do first: {' | '.join(commands)}; got {got}")
     return argv[0], parse_config(commands[argv[0]], argv[1:], doc)
 
 
@@ -122,17 +114,17 @@ def run(main):
     except (Mistake, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except (Exception, CheckpointException):  # torch's CheckpointException is not an Exception
+    except (Exception, dcp.CheckpointException):  # torch's CheckpointException is not an Exception
         # Told before the process group is left, which makes the other ranks fail and speak.
-        traceback.print_exc()
-        sys.stderr.flush()
+        print(traceback.format_exc(), file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
         heed_sigterm(False)
-        free_names()
-        if world() > 1:
-            gc.collect()  # FSDP objects alive at the end can abort the process after all work is done
+        for folder in OPENED:  # a run that ended before its first step frees its name
+            if [path.name for path in folder.glob("*")] == ["config.json"]:
+                shutil.rmtree(folder)
         if dist.is_initialized():
+            gc.collect()  # FSDP objects alive at the end can abort the process after all work is done
             dist.destroy_process_group()
 
 
@@ -150,10 +142,8 @@ def write_text(path, text):
 
 
 def write_jsonl(path, rows):
-    """Write `rows`, one JSON object a line, complete or not at all. Returns how many there were."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_text(path, "".join(lines))
-    return len(lines)
+    """Write `rows`, one JSON object a line, complete or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # ------------------------------------------------------------------------------------------- process group
@@ -166,10 +156,9 @@ def heed_sigterm(heed):
 
 def stopping():
     """Has any rank got a SIGTERM? All hear the same, so that all save and stop at the same step."""
-    asked = torch.tensor(float(bool(ASKED_TO_STOP)))
-    if world() > 1:
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return bool(asked)
+    asked = torch.tensor(len(ASKED_TO_STOP))
+    dist.all_reduce(asked)
+    return asked.item() > 0
 
 
 def device():
@@ -180,9 +169,9 @@ def device():
 
 def start():
     """Join the process group (torchrun's, or a world of one) and return this rank's device."""
-    here, count = device(), torch.cuda.device_count()
+    here = device()
     if here.type == "cuda":
-        if here.index >= count:
+        if here.index >= (count := torch.cuda.device_count()):
             remedy = f"Start torchrun with --nproc_per_node={count}"
             raise Mistake(f"process {here.index} of this machine has no GPU: there are {count}. {remedy}")
         torch.cuda.set_device(here)
@@ -237,23 +226,20 @@ def gather(share):
 
 
 def ahead(make, items, workers=4):
-    """make(item) of each item, in order, made by `workers` threads some items ahead: images are decoded while a
-    GPU computes. What make raises is raised here, at its item's turn. On a CPU there are no threads: they would only
-    take time from the computation (measured: a step of the built-in world took 1.2 to 1.5 times as long).
+    """make(item) of each item, in order. On a GPU `workers` threads are some items ahead: images are decoded
+    while it computes; on a CPU they would slow that down (measured: a step of the toy by 1.2 to 1.5).
     """
     if device().type == "cpu":
         yield from map(make, items)
         return
-    pool, waiting = ThreadPoolExecutor(workers), deque()
-    try:
+    waiting = deque()
+    with ThreadPoolExecutor(workers) as pool:
         for item in items:
             waiting.append(pool.submit(make, item))
             if len(waiting) > workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def over_records(title, items, batch, load, work):
@@ -272,16 +258,14 @@ def over_records(title, items, batch, load, work):
 
 def per_pass(per_step, per_gpu, name):
     """Records per forward pass of a rank: `per_gpu`, or with 0 its share of `per_step`. Mistake if they do not
-    divide. The user sets the global batch; accumulation is derived: the number of GPUs changes nothing but speed.
+    divide: the user sets the global batch, and the number of GPUs changes nothing but speed.
     """
     together = world() * (per_gpu or 1)
     if per_step % together:
         below = max(together, per_step // together * together)
-        each = f" x --{name}_per_gpu {per_gpu}" if per_gpu else ""
-        raise Mistake(
-            f"--{name}_per_step {per_step} does not divide into {world()} processes{each}; "
-            f"the nearest sizes that do are {below} and {below + together}"
-        )
+        parts = f"{world()} processes x {per_gpu or 1} a forward pass"
+        remedy = f"the nearest sizes that do are {below} and {below + together}"
+        raise Mistake(f"--{name}_per_step {per_step} does not divide into {parts}; {remedy}")
     return per_gpu or per_step // world()
 
 
@@ -289,10 +273,10 @@ def per_pass(per_step, per_gpu, name):
 
 
 def shard(policy, here, recompute=False):
-    """Put a model where it computes, the device `here`. One process holds it complete; of several, each keeps its
-    slice of weights, gradients and optimiser state in float32 (FSDP2), taken from rank 0: the others have no memory
-    for it yet. GPUs compute in bfloat16. With `recompute` only the inputs of the language model's layers are kept for
-    the backward pass, the rest is computed again: a third more time for a small part of the memory.
+    """Put a model on the device `here`. One process holds it complete; of several, each keeps its slice of
+    weights, gradients and optimiser state in float32 (FSDP2), as rank 0 has them. GPUs compute in bfloat16.
+    With `recompute` only the inputs of the language model's layers are kept for the backward pass: a third
+    more time for a small part of the memory.
     """
     if recompute:
         for layer in policy.hf.model.language_model.layers:
@@ -398,7 +382,7 @@ def training_state(policy, optimizer):
         if parameter.requires_grad:
             moments = optimizer.state[parameter]
             if not moments:  # before the first update
-                moments["step"] = torch.zeros((), device=parameter.device if parameter.is_cuda else "cpu")
+                moments["step"] = torch.zeros((), device=parameter.device)
                 moments["exp_avg"] = torch.zeros_like(parameter)
                 moments["exp_avg_sq"] = torch.zeros_like(parameter)
             state[f"weight.{name}"] = parameter.detach()
@@ -426,18 +410,11 @@ def checkpoints(run):
 
 
 def save_checkpoint(run, step, policy, optimizer, reference):
-    """Write <run>/step_00050: safetensors, each rank its slices, and checkpoint.json, which names base and records.
-
-    Written aside, synced and renamed by rank 0, so that a run killed at any moment leaves the last complete
-    checkpoint in place; then older ones go.
+    """Write <run>/step_00050: each rank's slices as safetensors; checkpoint.json, which names base and
+    records. It is written aside, synced and renamed: a kill leaves the last complete one. Older ones then go.
     """
     final = Path(run) / f"step_{step:05}"
     aside = final.with_name(f"{final.name}.tmp")
-    writer = HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
-
-    def begin():
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
 
     def finish():
         write_text(aside / "checkpoint.json", json.dumps({"step": step, "reference": reference}))
@@ -449,31 +426,30 @@ def save_checkpoint(run, step, policy, optimizer, reference):
             shutil.rmtree(old)
 
     try:
-        first_alone(begin)
+        first_alone(lambda: shutil.rmtree(aside, ignore_errors=True))
+        writer = dcp.HuggingFaceStorageWriter(path=str(aside), save_distributed=True)
         dcp.save(training_state(policy, optimizer), storage_writer=writer)
         first_alone(finish)
-    except (OSError, Mistake, CheckpointException) as error:  # of any rank: all of them get here
+    except (OSError, Mistake, dcp.CheckpointException) as error:  # of any rank: all of them get here
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)  # what it takes may be what is missing
         names = ", ".join(folder.name for folder in checkpoints(run)) or "none"
-        message = f"{final}: could not be written ({last_line(error)}). Make room and continue with --resume {run}"
-        raise Mistake(f"{message}; complete checkpoints there: {names}") from None
+        remedy = f"Make room and continue with --resume {run}; complete checkpoints there: {names}"
+        raise Mistake(f"{final}: could not be written ({last_line(error)}). {remedy}") from None
 
 
 def load_checkpoint(folder, policy, optimizer, reference):
     """Load a checkpoint in place; returns its step. Mistake if it is damaged, or of other records or models."""
     try:
         recorded = json.loads((folder / "checkpoint.json").read_text())
-        if recorded["reference"] == reference:
-            dcp.load(training_state(policy, optimizer), storage_reader=HuggingFaceStorageReader(str(folder)))
-    except (OSError, ValueError, KeyError, SafetensorError, CheckpointException) as error:
+        if recorded["reference"] != reference:
+            marks = f"fingerprint {recorded['reference']}, now {reference}"
+            reason = f"was trained from another base model or on other records ({marks})"
+            raise Mistake(f"{folder}: {reason}. Restore what has changed, or start a new run")
+        dcp.load(training_state(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    except (json.JSONDecodeError, OSError, dcp.CheckpointException) as error:
         remedy = "Delete this folder to resume from the checkpoint before it"
         raise Mistake(f"{folder}: missing or damaged ({last_line(error)}). {remedy}") from None
-    if recorded["reference"] != reference:
-        raise Mistake(
-            f"{folder}: was trained from another base model or on other records (fingerprint "
-            f"{recorded['reference']}, now {reference}). Restore what has changed, or start a new run"
-        )
     return recorded["step"]
 
 
@@ -481,41 +457,29 @@ def load_checkpoint(folder, policy, optimizer, reference):
 
 
 def resumed(config, argv):
-    """With --resume the config of that run: its settings hold, and another flag is a Mistake. Else `config`
-    itself. Of a run of another version, a knob that is gone is left out with a line, a new one has its default.
-    """
+    """With --resume the config of that run, whose settings hold: another flag is a Mistake. Else `config`."""
     if not config.resume:
         return config
-    others = [flag for flag in argv if flag.startswith("--") and flag.split("=")[0] != "--resume"]
-    if others:
+    if others := [flag for flag in argv if flag.startswith("--") and flag.split("=")[0] != "--resume"]:
         raise Mistake(f"--resume takes all settings from the run's config.json. Drop {' '.join(others)}")
     path = Path(config.resume) / "config.json"
     if not path.is_file():
         raise Mistake(f"--resume {config.resume}: holds no config.json, so no run. Name one such as out/mfpo-1")
-    knobs = {f.name: type(f.default) for f in dataclasses.fields(config)}
-    stored = {}
-    with suppress(ValueError):
-        stored = json.loads(path.read_text())
-    stored = stored if isinstance(stored, dict) else {}
-    settings = {name: value for name, value in stored.items() if name in knobs}
-    alike = 4 * len(settings) >= 3 * max(len(stored), len(knobs))  # else it is another script's
-    if not alike or any(type(value) not in (knobs[name], int) for name, value in settings.items()):
-        raise Mistake(f"{path}: is not the config of this script. Resume with the script that wrote it")
-    if gone := ", ".join(name for name in stored if name not in knobs):
-        say(f"{path}: this version does not have {gone}")
-    return type(config)(**settings | {"out": config.resume, "resume": config.resume})
+    try:
+        return type(config)(**json.loads(path.read_text()) | {"out": config.resume, "resume": config.resume})
+    except (json.JSONDecodeError, TypeError) as error:  # a name or value that no knob has
+        remedy = "Resume with the script and version that wrote it"
+        raise Mistake(f"{path}: is not the config of this script ({error}). {remedy}") from None
 
 
 def name_run(config, prefix):
-    """The folder of this run. An empty --out takes the next free out/<prefix>-<n>; one that already holds
-    something is a Mistake, unless it is to be resumed, and nothing in it is touched.
-    """
-    folder, number = Path(config.resume or config.out or f"out/{prefix}-1"), 1
-    if config.out and not config.resume and folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise Mistake(f"--out {folder}: exists already. Continue it with --resume {folder}, or name another")
-    while not (config.out or config.resume) and folder.exists():
+    """The folder of this run: that of --resume, an empty one of --out, or the next free out/<prefix>-<n>."""
+    number, folder = 1, Path(config.out or f"out/{prefix}-1")
+    while not config.out and folder.exists():
         number += 1
         folder = Path(f"out/{prefix}-{number}")
+    if not config.resume and folder.exists() and any(folder.iterdir()):
+        raise Mistake(f"--out {folder}: exists already. Continue it with --resume {folder}, or name another")
     return folder
 
 
@@ -541,44 +505,33 @@ def check_shared(folder):
         raise Mistake(f"rank {rank()} does not see {folder}, which rank 0 made. Nodes need a shared file system")
 
 
-def free_names():
-    """A run that ended before its first step, and holds only what it wrote itself, frees its name."""
-    for folder in OPENED:
-        log = folder / "metrics.jsonl"
-        begun = log.is_file() and log.stat().st_size
-        if folder.is_dir() and not begun and {p.name for p in folder.iterdir()} <= {"config.json", log.name}:
-            shutil.rmtree(folder)
-    OPENED.clear()
-
-
 def restore(run, config, policy, optimizer, reference):
     """With --resume: load the last complete checkpoint of `run`. Returns the step to go on from."""
     if not config.resume:
         return 0
     complete = checkpoints(run)
-    step = load_checkpoint(complete[-1], policy, optimizer, reference) if complete else 0
-    say(f"resumed from {complete[-1] if complete else 'the beginning: no checkpoint was complete'}")
-    return step
+    say(f"resuming from {complete[-1] if complete else 'the beginning: no checkpoint was complete'}")
+    return load_checkpoint(complete[-1], policy, optimizer, reference) if complete else 0
 
 
 class Clock:
     """Where the time goes: each call ends a part, clock("optimizer"), and adds what passed since the last."""
 
     def __init__(self):
-        self.last, self.spent = time.perf_counter(), {}
+        self.last, self.spent = time.perf_counter(), Counter()
 
     def __call__(self, part):
         """Returns seconds. On a GPU call it behind something that waits for it, or a later part gets the time."""
         now = time.perf_counter()
         passed, self.last = now - self.last, now
-        self.spent[part] = self.spent.get(part, 0.0) + passed
+        self.spent[part] += passed
         return passed
 
     def summary(self):
         """'12.0 s: forward and backward 95.0 %, optimizer 3.0 %, ...', the largest first."""
-        total = sum(self.spent.values())
-        parts = sorted(self.spent.items(), key=lambda part: -part[1])
-        return f"{total:.1f} s: " + ", ".join(f"{part} {100 * spent / total:.1f} %" for part, spent in parts)
+        total = self.spent.total()
+        parts = [f"{part} {100 * spent / total:.1f} %" for part, spent in self.spent.most_common()]
+        return f"{total:.1f} s: {', '.join(parts)}"
 
 
 class Log:
@@ -587,8 +540,8 @@ class Log:
     def __init__(self, run, steps, first_step):
         self.steps, self.path = steps, Path(run) / "metrics.jsonl"
         self.began, self.first_step = time.perf_counter(), first_step
-        if rank() == 0:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
+        if rank() == 0 and self.path.exists():
+            lines = self.path.read_text().splitlines()
             # Later steps are done again; the line of each before is complete, for its checkpoint came after it.
             write_text(self.path, "".join(line + "\n" for line in lines[:first_step]))
 
@@ -608,6 +561,4 @@ def memory_gb():
     """Peak memory of this rank in GB: the GPU's, or on a CPU the process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # absent on Windows, where nothing else of this would work either
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

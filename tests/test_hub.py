@@ -168,11 +168,10 @@ def test_the_convention_is_the_folders_own_unless_named(copy, monkeypatch):
     assert hub.load(copy, convention="hub").encoding.template == TEMPLATE
     monkeypatch.setitem(model.CONVENTIONS, "original", model.Convention(TEMPLATE, pad=True))
     assert hub.load(copy).pad
-    for text in ("{", "{}", "[]", '{"convention": ""}', '{"convention": ["hub"]}'):
-        (copy / "convention.json").write_text(text)
-        with pytest.raises(Mistake, match="convention.json: names none of original, hub. Mend it, or use"):
-            hub.load(copy)
-        assert not hub.load(copy, convention="hub").pad
+    (copy / "convention.json").write_text('{"convention": "own"}')
+    with pytest.raises(Mistake, match="convention.json: names none of original, hub. Mend it, or use"):
+        hub.load(copy)
+    assert not hub.load(copy, convention="hub").pad
 
 
 # -------------------------------------------------------------------------------------------------- refusals
@@ -225,7 +224,7 @@ def test_another_architecture_is_refused(copy, monkeypatch, part, change, messag
 
 def test_pickles_are_refused(copy, monkeypatch):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    refusal(copy, "no .safetensors. A pickle can run code. If you trust it, convert it: .*-safe", monkeypatch)
+    refusal(copy, "no .safetensors. A pickle can run code. If you trust it, read it with", monkeypatch)
 
 
 def test_no_code_of_a_folder_is_run(copy, monkeypatch):
