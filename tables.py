@@ -81,7 +81,7 @@ def summary(counts):
 
 
 def lines_of(metrics, titles, rows, width):
-    """Titles of columns (a lone one may have none), then a line a metric: rows {name: [(value, interval)]}."""
+    """Titles of columns (none for a lone unnamed one), then a line a metric: {name: [(value, interval)]}."""
     first = 2 + max(len(title) for title, _ in metrics.values())
     lines = [" " * first + "".join(title.rjust(width) for title in titles)] if any(titles) else []
     for name, cells in rows.items():
