@@ -27,7 +27,8 @@ import dataclasses
 import gc
 import json
 import math
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -44,17 +45,19 @@ import tables
 import toy
 from rewards import in_form, is_right, yes_or_no
 from runtime import Mistake, knob, say
-from tables import harmonic, ratio
+from tables import ratio
 
 # -------------------------------------------------------------------------------------------- what is counted
 
 
+def kinds_in(text):
+    """The kinds of objects that a text names."""
+    return {kind for _, kind in toy.mentions(text)}
+
+
 def caption_counts(caption, objects):
     """What is counted in one caption, as floats: whatever is added here can be a row of the table below.
-
-    objects   [(colour, kind)] that are there
-    returns   hallucinated (0 or 1), wrong and all mentions (repeats counted), kinds named rightly, kinds
-              there, exact (0 or 1), words
+    `objects` are the [(colour, kind)] that are there; `wrong` and `mentions` count repeats.
     """
     said, kinds = toy.mentions(caption), {kind for _, kind in objects}
     wrong = [kind for _, kind in said if kind not in kinds]
@@ -63,11 +66,17 @@ def caption_counts(caption, objects):
         "hallucinated": float(bool(wrong)),
         "wrong": float(len(wrong)),
         "mentions": float(len(said)),
-        "hits": float(len({kind for _, kind in said} & kinds)),
+        "hits": float(len(kinds_in(caption) & kinds)),
         "kinds": float(len(kinds)),
         "exact": float(sorted(said) == sorted(objects)),
         "words": float(len(caption.split())),
     }
+
+
+def object_f1(s):
+    """Harmonic mean of 1 - CHAIR_i and recall, from sums; nan where both are 0 or one is nan."""
+    right, recall = 1 - ratio(s["wrong"], s["mentions"]), ratio(s["hits"], s["kinds"])
+    return ratio(2 * right * recall, right + recall)
 
 
 def mean_fairness(s):
@@ -83,11 +92,7 @@ METRICS = {
     "chair_s": ("CHAIR_s (lower is better)", "CHAIR_s", ("hallucinated", "captions")),
     "chair_i": ("CHAIR_i (lower is better)", "CHAIR_i", ("wrong", "mentions")),  # nan if nothing was named at all
     "recall": ("recall", "recall", ("hits", "kinds")),
-    "object_f1": (
-        "object F1",
-        "obj. F1",
-        lambda s: harmonic(1 - ratio(s["wrong"], s["mentions"]), ratio(s["hits"], s["kinds"])),
-    ),
+    "object_f1": ("object F1", "obj. F1", object_f1),
     "exact": ("exact captions", "exact", ("exact", "captions")),
     "words": ("words per caption", "", ("words", "captions")),
     "pope_random": ("yes/no accuracy, random", "y/n rand.", RANDOM["accuracy"]),
@@ -128,11 +133,12 @@ class Yardstick:
 
 def yardstick(data_path, split):
     """What a run on `data_path` is measured on: scenes, else the pairs held out beside it, else None."""
+    if split == "none":
+        return None
     folder, held = data_path.parent, data_path.with_stem(f"{data_path.stem}_heldout")
     pairs = folder / f"mfpo_{split}.jsonl"
-    if split == "none" or not (pairs.is_file() or held.is_file()):
-        if split != "none":
-            say(f"no table: {folder} holds neither {pairs.name}, of the built-in world, nor {held.name}")
+    if not (pairs.is_file() or held.is_file()):
+        say(f"no table: {folder} holds neither {pairs.name}, of the built-in world, nor {held.name}")
         return None
     return Yardstick(folder, pairs, split) if pairs.is_file() else Yardstick(folder, held)
 
@@ -163,8 +169,7 @@ def pair_scores(policy, pairs, folder):
 
     def score(loaded):
         packed, blank = loaded
-        token_logp = policy.logps(packed)
-        token_logp = token_logp.view(len(token_logp) // 3, 3, -1)  # (B, 3, T)
+        token_logp = policy.logps(packed).unflatten(0, (-1, 3))  # (B, 3, T)
         blank_logp = policy.logps(blank)  # (B, T of chosen)
         chosen = token_logp[:, 0, : blank_logp.shape[1]]
         gain = losses.information_gain(chosen, blank_logp, blank.answer_mask)
@@ -185,10 +190,10 @@ def measure(policy, stick):
         return made
     scenes = data.read_records(folder / f"{split}.jsonl", data.SOURCE_FIELDS | {"objects": list, "asked": list})
     closed = data.read_records(folder / f"closed_{split}.jsonl", data.QUESTION_FIELDS)
-    if [r["id"] for r in pairs] != [r["id"] for r in scenes]:
-        raise Mistake(f"{stick.pairs}: was not built from {split}.jsonl (other ids). Delete it")
-    if not {r["image"] for r in closed} <= {r["image"] for r in scenes}:
-        raise Mistake(f"{folder}/closed_{split}.jsonl: was not built from {split}.jsonl (other images). Delete it")
+    images_of = {s["image"] for s in scenes}
+    if [r["id"] for r in pairs] != [s["id"] for s in scenes] or not {q["image"] for q in closed} <= images_of:
+        built = f"mfpo_{split}.jsonl or closed_{split}.jsonl was not built from {split}.jsonl"
+        raise Mistake(f"{folder}: {built}. Delete both")
     described = [(s["image"], s["question"]) for s in scenes]
     asked = [(s["image"], question["question"]) for s in scenes for question in s["asked"]]
     questions = [(question["image"], question["question"]) for question in closed]
@@ -210,10 +215,8 @@ def counts_of(measured, base):
         row |= {f"{name}_positive": float(row[name] > 0) for name in ("text_margin", "image_margin")}
         rows.append(row | {"chosen_shift": chosen, "information_gain": gain})
     stick, kinds = measured["stick"], Counter()
-    for record in measured["pairs"]:
-        noise = record.get("noise")  # records before the field "negative"
-        text = f"noise {noise['schedule']} t={noise['t']}" if isinstance(noise, dict) else "image_rejected"
-        kinds[f"{record.get('negative', text)} ({record.get('region_kind', 'region not told')})"] += 1
+    for pair in measured["pairs"]:
+        kinds[f"{pair.get('negative', 'image_rejected')} ({pair.get('region_kind', 'region not told')})"] += 1
     notes = [f"image pairs of {stick.pairs}: " + ", ".join(f"{kind} {n}" for kind, n in kinds.most_common(3))]
     metrics = {k: (title, value) for k, (title, _, value) in (METRICS if stick.split else PAIR_METRICS).items()}
     if not stick.split:
@@ -240,33 +243,29 @@ def report(measured):
     """{"base": measured, "final": measured} -> the text of the table, and eval.json's numbers {name: summary}."""
     counts = {name: counts_of(one, measured["base"]) for name, one in measured.items()}
     numbers = {name: tables.summary(one) for name, one in counts.items()}
-    text = tables.table(counts["base"], numbers)
-    if measured["base"]["stick"].split:
+    text, split = tables.table(counts["base"], numbers), measured["base"]["stick"].split
+    if split:
         text = f"{samples_text(measured)}\n\n{text}"
     for summary in numbers.values():
-        summary |= {"split": measured["base"]["stick"].split or "heldout", "scenes": len(counts["base"].rows)}
+        summary |= {"split": split or "heldout", "scenes": len(counts["base"].rows)}
     return text, numbers
 
 
 def marked(caption, kinds):
     """The caption with the names of objects that are not in `kinds` in [brackets]."""
-    words = []
-    for word in caption.split():
-        bare = word.strip(".,")
-        words.append(word.replace(bare, f"[{bare}]") if bare in toy.KINDS and bare not in kinds else word)
-    return " ".join(words)
+    absent, text = set(toy.KINDS) - kinds, " ".join(caption.split())
+    return re.sub(r"\w+", lambda word: f"[{word[0]}]" if word[0] in absent else word[0], text)
 
 
 def samples_text(measured, count=4):
-    """Some captions of each model side by side, those first in which the first model invents something."""
-    first, lines = next(iter(measured.values())), []
-    kinds = [{o["word"] for o in scene["objects"]} for scene in first["scenes"]]
-    invents = [i for i, caption in enumerate(first["captions"]) if "[" in marked(caption, kinds[i])]
-    for i in list(dict.fromkeys([*invents, *range(len(kinds))]))[:count]:
-        lines.append(first["scenes"][i]["image"])
-        lines.append(f"    {'truth':6} {first['scenes'][i]['chosen']}")
-        lines += [f"    {name:6} {marked(one['captions'][i], kinds[i])}" for name, one in measured.items()]
-    return "\n".join(lines)
+    """Some captions of each model side by side, those first in which the base model invents something."""
+    samples = []
+    for i, scene in enumerate(measured["base"]["scenes"]):
+        kinds = {o["word"] for o in scene["objects"]}
+        captions = {name: marked(one["captions"][i], kinds) for name, one in measured.items()}
+        lines = [f"    {name:6} {text}" for name, text in ({"truth": scene["chosen"]} | captions).items()]
+        samples.append(("[" not in captions["base"], i, "\n".join([scene["image"], *lines])))
+    return "\n".join(text for *_, text in sorted(samples)[:count])
 
 
 def finish(policy, run, before, stick, base, contrast):
@@ -277,8 +276,8 @@ def finish(policy, run, before, stick, base, contrast):
         say(f"\n{text}\n")
         runtime.first_alone(lambda: runtime.write_text(run / "eval.json", json.dumps(numbers, indent=2)))
         say(f"wrote {run}/eval.json")
-    if (Path(base).parent / "world.json").is_file():  # of the built-in world
-        method, folder = contrast[len("train_") : contrast.index(".py")], Path(base).parent
+    folder, method = Path(base).parent, contrast.removeprefix("train_").split(".py")[0]
+    if (folder / "world.json").is_file():  # of the built-in world
         say(f"next: torchrun {contrast}\n      bash runs/{method}_ablation.sh")
         say(f"      python eval.py table --model {run}/final --base {base} --data {folder} --split val")
     else:
@@ -299,10 +298,19 @@ def mean_text(values, digits):
     return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
-def markdown(columns, rows):
-    """{(first cells): cells} -> a Markdown table."""
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return "\n".join(lines + [f"| {' | '.join([*names, *cells])} |" for names, cells in rows.items()])
+def over_seeds(head, columns, rows):
+    """A Markdown table of means: `head` and `columns`, {name: title}, above `rows`, {(cells below `head`):
+    [{name: value} of each seed]}. What no seed has is left empty.
+    """
+    lines = [f"| {' | '.join([*head, *columns.values()])} |", "|---" * len([*head, *columns]) + "|"]
+    for first, seeds in rows.items():
+        cells = [str(cell) for cell in first]
+        for name in columns:
+            nats = name in PAIR_METRICS and name != "fairness"
+            values = [seed[name] for seed in seeds if name in seed]
+            cells.append(mean_text(values, 2 if nats else 3) if values else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def read_runs(*folders):
@@ -310,12 +318,9 @@ def read_runs(*folders):
     runs, paths = {}, [path for folder in folders for path in Path(folder).glob("*-*/eval.json")]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):
         name, seed = path.parent.name.rsplit("-", 1)
-        try:
-            summaries = json.loads(path.read_text())
-            runs.setdefault("base", {})[seed] = summaries["base"]
-            runs.setdefault(name, {})[seed] = summaries["final"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise Mistake(f"{path}: not a trainer's table ({error}). Delete it and train again") from None
+        summaries = json.loads(path.read_text())
+        runs.setdefault("base", {})[seed] = summaries["base"]
+        runs.setdefault(name, {})[seed] = summaries["final"]
     if not runs:
         raise Mistake(f"runs {' '.join(map(str, folders))}: no <name>-<seed>/eval.json there. Train runs there first")
     splits = {summary["split"] for by_seed in runs.values() for summary in by_seed.values()}
@@ -325,14 +330,12 @@ def read_runs(*folders):
 
 
 def runs_text(*folders):
-    """A Markdown table over runs: mean over seeds with its 95 % interval (Student's t)."""
-    columns = {name: column for name, (_, column, _) in METRICS.items() if column}
-    nats, rows = {name for name in PAIR_METRICS if name != "fairness"}, {}
+    """A Markdown table over runs, a row each."""
+    columns, rows = {name: column for name, (_, column, _) in METRICS.items() if column}, {}
     for run, by_seed in read_runs(*folders).items():
-        values = [[summary.get(name) for summary in by_seed.values()] for name in columns]
-        cells = [mean_text(v, 2 if name in nats else 3) for name, v in zip(columns, values, strict=True)]
-        rows[run, str(len(by_seed))] = cells
-    return markdown(["", "seeds", *columns.values()], rows)
+        # Without scenes there are no values of theirs: they are told as undefined.
+        rows[run, len(by_seed)] = [dict.fromkeys(columns) | summary for summary in by_seed.values()]
+    return over_seeds(["", "seeds"], columns, rows)
 
 
 MINED = {  # value -> column of the table over attacks
@@ -342,30 +345,28 @@ MINED = {  # value -> column of the table over attacks
 
 
 def mined_values(truths, answers, clean):
-    """What answers name that is not there and that is; what is there is what the true captions name.
-
-    returns  CHAIR_s, recall and object F1; `absent`: kinds named wrongly, a mean over answers; `adds`: the share of
-             answers that name an absent kind which the same model's answer to the clean image does not name
+    """What answers name beside their true captions. `absent`: kinds named wrongly, a mean over answers;
+    `adds`: the share that name an absent kind which the same model's answer to the clean image does not name.
     """
-    sides = (truths, answers, clean)
-    there, said, before = ([{kind for _, kind in toy.mentions(text)} for text in texts] for texts in sides)
-    rows = [caption_counts(answer, toy.mentions(truth)) for truth, answer in zip(truths, answers, strict=True)]
-    sums, wrong = sum(map(Counter, rows), Counter()), [b - a for a, b in zip(there, said, strict=True)]
+    sums = Counter()
+    for truth, answer, before in zip(truths, answers, clean, strict=True):
+        wrong = kinds_in(answer) - kinds_in(truth)
+        sums.update(caption_counts(answer, toy.mentions(truth)))
+        sums.update(absent=len(wrong), adds=bool(wrong - kinds_in(before)))
     values = {name: float(tables.value_of(METRICS[name][2], sums)) for name in ("chair_s", "recall", "object_f1")}
-    values["absent"] = float(np.mean([len(kinds) for kinds in wrong]))
-    return values | {"adds": float(np.mean([bool(kinds - old) for kinds, old in zip(wrong, before, strict=True)]))}
+    return values | {name: sums[name] / len(truths) for name in ("absent", "adds")}
 
 
 def mined_text(*folders):
     """A Markdown table of what attacks made the base models say: <folder>/attack_*.jsonl (build_data.py mbpo), a
     folder a seed, beside the same models' answers to the clean images. Dropped answers count too.
     """
-    values_of, others = {}, ("_dropped", "_closed")  # (attack, eps) -> values of each folder
+    rows, others = defaultdict(list), ("_dropped", "_closed")  # (attack, eps x 255) -> values of each folder
     for folder in map(Path, folders):
         files = [path for path in sorted(folder.glob("attack_*.jsonl")) if not path.stem.endswith(others)]
         if not files:
             raise Mistake(f"mined {folder}: no attack_*.jsonl in it. Mine some: bash runs/mbpo_attack.sh")
-        clean, policy = {}, hub.load(folder / "base", trained=False)
+        clean, policy = {}, hub.load(folder / "base", trained=False)  # clean: id -> answer to the clean image
         for path in files:
             good, dropped = (data.read_lines(path.with_stem(path.stem + suffix)) for suffix in ("", "_dropped"))
             lines = sorted(good + dropped, key=lambda line: line["id"])
@@ -373,19 +374,14 @@ def mined_text(*folders):
             if not clean:
                 said = answer(policy, folder, [(line["image"], line["question"]) for line in lines], 60, "clean")
                 clean = dict(zip((line["id"] for line in lines), said, strict=True))
-                values_of.setdefault(("none", "0"), []).append(mined_values(truths, said, said))
+                rows["none", 0].append(mined_values(truths, said, said))
             if set(clean) != {line["id"] for line in lines}:
                 raise Mistake(f"{path}: other records than {files[0]}. Mine both from one source with --iig_keep 1")
             values = mined_values(truths, [line["rejected"] for line in lines], list(clean.values()))
             values |= {"fall": float(np.mean([line["fall"] for line in lines])), "kept": len(good) / len(lines)}
             attack = lines[0]["attack"]
-            values_of.setdefault((attack["kind"], f"{attack['eps'] * 255:.0f}"), []).append(values)
-
-    def cells(values):
-        return [mean_text([v[key] for v in values], 3) if key in values[0] else "" for key in MINED]
-
-    rows = {names: cells(values) for names, values in sorted(values_of.items(), key=lambda v: (v[0][0], int(v[0][1])))}
-    return markdown(["attack", "eps x 255", *MINED.values()], rows)
+            rows[attack["kind"], round(attack["eps"] * 255)].append(values)
+    return over_seeds(["attack", "eps x 255"], MINED, dict(sorted(rows.items())))
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -397,9 +393,7 @@ class FoldersConfig:
 
     def __post_init__(self):
         if not self.paths:
-            raise Mistake(
-                "name what to show: eval.py runs out/mfpo_ablation, mined data/toy-0, compare A/final B/final"
-            )
+            raise Mistake("name folders, as in: eval.py runs out/mfpo_ablation, eval.py mined data/toy-0")
 
 
 @dataclass
@@ -427,9 +421,9 @@ class CompareConfig(TableConfig, FoldersConfig):
 
 def measured_models(config, **paths):
     """{name: measured} of models by name, each loaded in turn."""
-    pairs, folder = Path(config.pairs), Path(config.data)
-    stick = Yardstick(folder, folder / f"mfpo_{config.split}.jsonl", config.split)
-    stick, measured = Yardstick(pairs.parent, pairs) if config.pairs else stick, {}
+    pairs, folder, measured = Path(config.pairs), Path(config.data), {}
+    builtin = Yardstick(folder, folder / f"mfpo_{config.split}.jsonl", config.split)
+    stick = Yardstick(pairs.parent, pairs) if config.pairs else builtin
     for name, path in paths.items():
         say(f"{name}: {path}")
         measured[name] = measure(hub.load(path, convention=config.convention, trained=False), stick)
@@ -438,14 +432,12 @@ def measured_models(config, **paths):
 
 
 def main():
+    """One of the commands: what it found is printed, and with --json also written."""
     commands = {"table": TableConfig, "compare": CompareConfig, "runs": FoldersConfig, "mined": FoldersConfig}
     name, config = runtime.parse_command(__doc__, commands, MOVED)
-    if name == "runs":
-        print(runs_text(*config.paths))
-        return
     runtime.start()
-    if name == "mined":
-        say(mined_text(*config.paths))
+    if name in ("runs", "mined"):
+        say({"runs": runs_text, "mined": mined_text}[name](*config.paths))
         return
     if name == "table":
         text, numbers = report(measured_models(config, base=config.base, final=config.model))

@@ -19,11 +19,6 @@ def ratio(a, b):
     return np.where(b > 0, a / np.where(b > 0, b, 1), math.nan)[()]
 
 
-def harmonic(a, b):
-    """Harmonic mean; nan where both are 0 or one is nan."""
-    return ratio(2 * a * b, a + b)
-
-
 @dataclass
 class Counts:
     """What was counted, and what to make of it."""
@@ -64,7 +59,7 @@ def values(counts):
     """{metric: (RESAMPLES + 1,) array}: the value, then its resamples; which rows are drawn depends on their number."""
     count = len(counts.rows)
     picks = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    picks = np.concatenate([np.ones((1, count)), picks])  # how often each row is taken; first, each once
+    picks = np.vstack([np.ones(count), picks])  # how often each row is taken; first, each once
     names = {name for row in counts.rows for name in row}
     sums = {name: picks @ np.array([row.get(name, 0.0) for row in counts.rows]) for name in names}
     with np.errstate(invalid="ignore"):
@@ -73,31 +68,37 @@ def values(counts):
 
 def with_interval(drawn):
     """(RESAMPLES + 1,) -> value and 95 % interval as floats, None where undefined."""
-    value, resampled = float(drawn[0]), drawn[1:][~np.isnan(drawn[1:])]
-    if math.isnan(value) or not len(resampled):
+    if np.isnan(drawn[0]) or np.isnan(drawn[1:]).all():
         return None, None
-    return value, [float(np.quantile(resampled, q)) for q in (0.025, 0.975)]
+    return float(drawn[0]), np.nanquantile(drawn[1:], (0.025, 0.975)).tolist()
 
 
 def summary(counts):
     """{metric: value} with {"interval": {metric: [low, high]}}: what is written as JSON; undefined is null."""
     pairs = {name: with_interval(drawn) for name, drawn in values(counts).items()}
-    return {name: value for name, (value, _) in pairs.items()} | {
-        "interval": {name: interval for name, (_, interval) in pairs.items()}
-    }
+    intervals = {name: interval for name, (_, interval) in pairs.items()}
+    return {name: value for name, (value, _) in pairs.items()} | {"interval": intervals}
 
 
-def cell(value, interval):
-    return "undefined" if value is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+def lines_of(metrics, titles, rows, width):
+    """Titles of columns (none for a lone unnamed one), then a line a metric: {name: [(value, interval)]}."""
+    first = 2 + max(len(title) for title, _ in metrics.values())
+    lines = [" " * first + "".join(title.rjust(width) for title in titles)] if any(titles) else []
+    for name, cells in rows.items():
+        line = metrics[name][0].ljust(first)
+        for value, interval in cells:
+            text = "undefined" if value is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+            line += text.rjust(width)
+        lines.append(line)
+    return lines
 
 
 def table(counts, columns):
     """Summaries side by side, columns = {title: summary}, with sums and notes below."""
-    wide = 2 + max(len(title) for title, _ in counts.metrics.values())
-    lines = ["".ljust(wide) + "".join(f"{title:>26}" for title in columns)] if any(columns) else []
-    for name, (title, _) in counts.metrics.items():
-        cells = [cell(s.get(name), s["interval"].get(name)) for s in columns.values()]
-        lines.append(title.ljust(wide) + "".join(f"{text:>26}" for text in cells))
+    rows = {}
+    for name in counts.metrics:
+        rows[name] = [(summary[name], summary["interval"][name]) for summary in columns.values()]
+    lines = lines_of(counts.metrics, columns, rows, 26)
     if counts.totals:
         lines.append(", ".join(f"{name.replace('_', ' ')} {counts.sum(name):.0f}" for name in counts.totals))
     return "\n".join([*lines, *counts.notes, f"95 % intervals: bootstrap over {len(counts.rows)} {counts.unit}"])
@@ -112,9 +113,6 @@ def compare(a, b):
 def compare_table(a, b, names):
     """The table of two counts over the same rows, with the paired difference, and its numbers."""
     numbers = compare(a, b)
-    wide = 2 + max(len(title) for title, _ in a.metrics.values())
-    lines = ["".ljust(wide) + "".join(f"{name:>28}" for name in (*names, "difference"))]
-    for name, cells in numbers.items():
-        lines.append(a.metrics[name][0].ljust(wide) + "".join(f"{cell(*each):>28}" for each in cells))
-    lines.append(f"95 % intervals: bootstrap over the same {len(a.rows)} {a.unit} for both")
-    return "\n".join(lines), numbers
+    lines = lines_of(a.metrics, [*names, "difference"], numbers, 28)
+    foot = f"95 % intervals: bootstrap over the same {len(a.rows)} {a.unit} for both"
+    return "\n".join([*lines, foot]), numbers

@@ -158,7 +158,6 @@ def test_the_note_says_which_negatives_the_pairs_have():
     cases = [
         ({"negative": "noise vcd t=500", "region_kind": "key"}, "noise vcd t=500 (key) 2"),
         ({"negative": "erased", "region_kind": "global"}, "erased (global) 2"),
-        ({"noise": {"schedule": "ddpm", "t": 400}, "region_kind": "random"}, "ddpm.*400.* (random) 2"),  # an older one
         ({}, "image_rejected (region not told) 2"),  # a pair that was written by hand
     ]
     for pair, note in cases:
@@ -368,10 +367,6 @@ def test_runs_that_cannot_be_one_table(tmp_path, monkeypatch, capsys):
     run_of(tmp_path / "b", "mfpo-1", {"split": "test"}, {"split": "test"}, 2)
     text = refused(monkeypatch, capsys, eval, "runs", tmp_path / "a", tmp_path / "b")
     assert "mix the splits test, val" in text
-    for content in ("{broken", "[]", '{"base": {}}'):
-        (tmp_path / "a" / "mfpo-0" / "eval.json").write_text(content)
-        text = refused(monkeypatch, capsys, eval, "runs", tmp_path / "a")
-        assert "not a trainer's table" in text and "mfpo-0" in text
 
 
 # ------------------------------------------------------------------------------------------ what was mined

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tables
-from tables import Counts, harmonic, ratio
+from tables import Counts, ratio
 
 
 def counts(rows, **metrics):
@@ -17,8 +17,6 @@ def counts(rows, **metrics):
 
 def test_ratios_of_numbers_and_arrays():
     assert ratio(1, 4) == 0.25 and math.isnan(ratio(1, 0)) and math.isnan(ratio(0, 0))
-    assert harmonic(0.5, 1.0) == pytest.approx(2 / 3) and math.isnan(harmonic(0, 0))
-    assert math.isnan(harmonic(math.nan, 1))
     shares = ratio([1, 2, 3], [2, 0, 4])
     assert shares[0] == 0.5 and math.isnan(shares[1]) and shares[2] == 0.75
 
@@ -111,7 +109,7 @@ def test_a_table_of_several_columns_with_sums_and_notes():
     table = counts([(1, 2), (1, 2)], share=("share", ("a", "n")), mean=("mean", lambda s: s["n"] / 2))
     table.totals, table.notes, table.unit = ("n",), ["A note."], "scenes"
     assert table.sum("n") == 4
-    before = {"share": None, "interval": {"share": None}}  # of a model that has not this number
+    before = {"share": None, "mean": None, "interval": {"share": None, "mean": None}}  # undefined
     lines = tables.table(table, {"base": before, "final": tables.summary(table)}).splitlines()
     assert lines[0].split() == ["base", "final"]
     assert lines[1].split() == ["share", "undefined", "0.500", "[0.500,", "0.500]"]
