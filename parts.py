@@ -5,11 +5,10 @@ and benchmarks use it; nothing here knows a method.
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,8 +22,6 @@ import hub
 import runtime
 from data import BadRecord
 from runtime import Mistake, knob
-
-# --------------------------------------------------------------------------------------------- source records in
 
 
 @dataclass
@@ -58,15 +55,15 @@ def check_source(record, rejected=False):
         box = o.get("box") if isinstance(o, dict) and isinstance(o.get("word"), str) else None
         good = isinstance(box, list) and len(box) == 4
         good = good and all(type(v) in (int, float) and -1e9 < v < 1e9 for v in box)
-        if not good or not (box[0] < box[2] and box[1] < box[3] and box[2] > 0 and box[3] > 0):
-            message = 'field \'objects\' needs {"word": text, "box": [x0, y0, x1, y1]}, x0 < x1, y0 < y1, got '
-            raise BadRecord("'objects' unusable", message + repr(o)[:80])
-    answer = record.get("rejected")
-    if answer is None and rejected and "own_answer" not in record:  # the toy world's: toy.rejected makes it
-        raise BadRecord("'rejected' missing", "field 'rejected' is missing. Add it to every record")
-    if answer is not None and (not isinstance(answer, str) or answer.strip() in ("", record["chosen"].strip())):
-        message = f"field 'rejected' must be a text other than 'chosen', got {str(answer)[:60]!r}. Mend it"
-        raise BadRecord("'rejected' unusable", message)
+        if not good or not (max(box[0], 0) < box[2] and max(box[1], 0) < box[3]):
+            need = '{"word": text, "box": [x0, y0, x1, y1]}, x0 < x1, y0 < y1'
+            raise BadRecord("'objects' unusable", f"field 'objects' needs {need}, got {repr(o)[:80]}")
+    # Of the toy world's records toy.rejected makes it, from "own_answer".
+    if record.get("rejected") is not None or (rejected and "own_answer" not in record):
+        data.check(record, data.PAIR_FIELDS)
+        if record["rejected"].strip() == record["chosen"].strip():
+            message = "'chosen' and 'rejected' are the same: such a pair teaches nothing. Delete the record"
+            raise BadRecord("chosen equal to rejected", message)
 
 
 def read_source(config, check):
@@ -76,37 +73,33 @@ def read_source(config, check):
     """
     source, out = Path(config.source), Path(config.out)
 
-    def attempt(line):
+    def fault(line):
         try:
             check(line[1])
             data.load_image(data.image_path(source.parent, line[1]["image"]))
-            return line[1]
         except BadRecord as error:
             return error
 
     def read():
-        lines, records, dropped, seen = list(data.read_json(source)), [], Counter(), set()
-        pool = ThreadPoolExecutor(8)  # decoding images releases the interpreter's lock
-        try:
-            bar = tqdm(pool.map(attempt, lines), f"checking {source}", len(lines), leave=False, delay=2)
-            for (where, _), record in zip(lines, bar, strict=True):
-                if isinstance(record, dict) and record["id"] in seen:
-                    record = BadRecord("id used twice", f"id {record['id']!r} was used before. Rename it")
-                if isinstance(record, dict):
-                    seen.add(record["id"])
-                    records.append(record)
+        lines, records, dropped = list(data.read_json(source)), {}, Counter()
+        # Threads, as decoding releases the interpreter's lock; closing lets them stop at the first error.
+        with ThreadPoolExecutor(8) as pool, closing(pool.map(fault, lines)) as faults:
+            bar = tqdm(faults, f"checking {source}", len(lines), leave=False, delay=2)
+            for (where, record), error in zip(lines, bar, strict=True):
+                if not error and record["id"] in records:
+                    error = BadRecord("id used twice", f"id {record['id']!r} was used before. Rename it")
+                if not error:
+                    records[record["id"]] = record
                 elif config.skip_bad:
-                    dropped[record.reason] += 1
+                    dropped[error.reason] += 1
                 else:
-                    raise Mistake(f"{where}: {record}")
-        finally:
-            pool.shutdown(cancel_futures=True)
+                    raise Mistake(f"{where}: {error}")
         drops = "".join(f"; dropped: {reason} {count}" for reason, count in dropped.most_common())
         print(f"{len(records)} records from {source}{drops}")
         if not records:
             raise Mistake(f"--source {source}: no usable records. See what was dropped, and mend them")
-        draw = np.random.default_rng(config.seed).permutation(len(records))[: config.records or len(records)]
-        out.parent.mkdir(parents=True, exist_ok=True)
+        draw = np.random.default_rng(config.seed).permutation(len(records))[: config.records or None]
+        records = list(records.values())
         some = [records[i] for i in sorted(draw)]
         return [record | {"image": bring(record["image"], source.parent, out)} for record in some]
 
@@ -115,19 +108,17 @@ def read_source(config, check):
 
 def bring(name, folder, out):
     """An image's name in the folder of the file `out`: its own if it lies there, else that of a link or a copy."""
-    if folder.resolve().is_relative_to(out.parent.resolve()):
-        return (folder.resolve().relative_to(out.parent.resolve()) / name).as_posix()
-    link = out.parent / f"{out.stem}_images" / name
+    folder, home = folder.resolve(), out.parent.resolve()
+    if folder.is_relative_to(home):
+        return (folder.relative_to(home) / name).as_posix()
+    link = home / f"{out.stem}_images" / name
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     try:
-        os.link((folder / name).resolve(), link)
+        link.hardlink_to((folder / name).resolve())
     except OSError:  # another file system
         shutil.copy(folder / name, link)
-    return link.relative_to(out.parent).as_posix()
-
-
-# ------------------------------------------------------------------------------------- work that may be stopped
+    return link.relative_to(home).as_posix()
 
 
 def key_of(record):
@@ -135,12 +126,10 @@ def key_of(record):
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:20]
 
 
-SAME = {"source", "model", "out", "records", "heldout", "skip_bad", "batch", "questions", "iig_keep", "iig_min"}
-
-
 def parts_of(out, policy, config):
-    """The folder of parts of the file `out`, named by the model and all knobs but those that change no line (SAME)."""
-    settings = {name: value for name, value in vars(config).items() if name not in SAME}
+    """The folder of parts of the file `out`, named by the model and all knobs that change a line."""
+    others = "source model out records heldout skip_bad batch questions iig_keep iig_min".split()
+    settings = {name: value for name, value in vars(config).items() if name not in others}
     mark = runtime.first_alone(lambda: hub.fingerprint(policy, out.parent, [settings]))
     return out.with_name(f"{out.name}.parts-{mark}")
 
@@ -148,48 +137,36 @@ def parts_of(out, policy, config):
 def in_parts(parts, name, title, records, batch, work):
     """work(records of a batch) -> one line (a dict) a record; returns all lines, in order. All ranks call it.
 
-    Each rank appends what it has done to a file of its own in the folder `parts`, a line a record under the record's
-    key. So work that was stopped goes on with what is left, whatever the batch, the number of processes and the other
-    records are now; a line that was cut off by a kill is done again.
+    Each rank writes what it has done to a file of its own in the folder `parts`, each line under its record's key. So
+    work that was stopped goes on with what is left, whatever batch, processes and other records are now.
     """
     keys = [key_of(record) for record in records]
-
-    def read():
-        lines = {}
-        for path in parts.glob(f"{name}-*.jsonl"):
-            for text in path.read_text(encoding="utf-8").split("\n"):
-                with suppress(ValueError):
-                    lines |= [json.loads(text)]
-        return lines
+    record_of = dict(zip(keys, records, strict=True))
 
     def begin():
         parts.mkdir(parents=True, exist_ok=True)
-        done = set(read()) & set(keys)
+        files, lines = list(parts.glob(f"{name}-*.jsonl")), {}
+        for file in files:
+            for text in file.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # a line that was cut off by a kill is made again
+                    lines |= [json.loads(text)]
+        done = {key: lines[key] for key in keys if key in lines}
         if done:
             print(f"going on with the unfinished work in {parts}: {len(done)} of {len(keys)} are done")
-        return done, len(list(parts.glob(f"{name}-*.jsonl")))
+        return done, len(files)
 
-    done, files = runtime.first_alone(begin)
+    lines, files = runtime.first_alone(begin)
     runtime.check_shared(parts)
-    left = [(key, record) for key, record in zip(keys, records, strict=True) if key not in done]
+    left, made = [key for key in record_of if key not in lines], []
     chunks = runtime.my_share([left[i : i + batch] for i in range(0, len(left), batch)])
-    bar = tqdm(total=len(keys), initial=len(done), desc=title, leave=False, disable=runtime.rank() > 0)
     with open(parts / f"{name}-{files + runtime.rank():04}.jsonl", "w", encoding="utf-8") as file:
-        for chunk in chunks:
-            for (key, _), line in zip(chunk, work([record for _, record in chunk]), strict=True):
-                file.write(json.dumps([key, line]) + "\n")
+        for chunk in tqdm(chunks, title, leave=False, disable=runtime.rank() > 0):
+            made.append(dict(zip(chunk, work([record_of[key] for key in chunk]), strict=True)))
+            file.writelines(json.dumps(pair) + "\n" for pair in made[-1].items())
             file.flush()
-            bar.update(min(runtime.world() * len(chunk), bar.total - bar.n))
-    bar.close()
-    runtime.gather([])  # all have written: first_alone, a broadcast, does not wait for the last of 8 ranks
-    lines = read()
-    runtime.gather([])  # all have read, so that the parts may go
-    if not lines.keys() >= set(keys):
-        raise Mistake(f"{parts}: changed meanwhile. Let another build of the same file end, then start again")
+    for new in runtime.gather(made):  # waits for all ranks (a broadcast does not): then the parts may go
+        lines |= new
     return [lines[key] for key in keys]
-
-
-# --------------------------------------------------------------------------------------------- lines and images out
 
 
 def save_image(image, folder, record, parts):
@@ -198,7 +175,7 @@ def save_image(image, folder, record, parts):
     name = f"{parts.name[-16:]}-{key_of(record)}.png"
     aside = folder / f"{name}.tmp"  # a kill must not leave half of an image that an older build's records name
     Image.fromarray(image).save(aside, "PNG")
-    os.replace(aside, folder / name)
+    aside.replace(folder / name)
     return f"{folder.name}/{name}"
 
 
@@ -215,8 +192,5 @@ def publish(files, folder, parts):
 
 
 def discard(parts):
-    """Delete finished parts. Renamed first: half of them must never be taken for unfinished work."""
-    gone = parts.with_name(f"{parts.name}.tmp")
-    shutil.rmtree(gone, ignore_errors=True)
-    parts.rename(gone)
-    shutil.rmtree(gone)
+    """Delete finished parts. If a kill leaves some, the same build makes the others again."""
+    shutil.rmtree(parts)
