@@ -43,8 +43,7 @@ class Config:
         path = Path(self.out)
         if path.suffix != ".png" or path.is_dir() or not path.parent.is_dir():
             raise Mistake(f"--out {self.out} must end in .png and lie in a folder that exists")
-        if getattr(self, "rows", 1) < 1:
-            raise Mistake(f"--rows must be positive, got {self.rows}")
+        runtime.check(self, positive="rows")
 
 
 @dataclass
@@ -82,27 +81,24 @@ def write_words(pen, at, right, words, red=()):
 
 
 def sheet(titles, rows):
-    """A row a record, its images left and what is said of it right: sheet, attack and story are this one loop.
-
-    titles    of the columns: those of the images, then that of the texts
-    rows      [(images, lines)], lines [(who, text, the words of the text that are red)];   returns  an image
+    """A row a record, its images left and what is said of it right, as one image. `titles` of the columns;
+    rows [(images, lines)], lines [(who, text, the words of the text that are red)].
     """
     left = GAP + (len(titles) - 1) * (ZOOM + GAP)
     width = left + WHO + TEXT
     strips = [Image.new("RGB", (width, LINE + GAP), "white")]
-    for column, title in enumerate(titles):
-        write_words(ImageDraw.Draw(strips[0]), (GAP + column * (ZOOM + GAP), 5), width, [title])
+    for x, title in zip(range(GAP, left + 1, ZOOM + GAP), titles, strict=True):
+        ImageDraw.Draw(strips[0]).text((x, 5), title, fill="black", font_size=15)
     for images, lines in rows:
         strip = Image.new("RGB", (width, ZOOM + GAP + len(lines) * WORDS * LINE), "white")
         pen, y = ImageDraw.Draw(strip), 0
-        for column, image in enumerate(images):
+        for x, image in zip(range(GAP, left, ZOOM + GAP), images, strict=True):
             how = Image.Resampling.NEAREST if max(image.size) < ZOOM else Image.Resampling.LANCZOS
-            image = ImageOps.contain(image, (ZOOM, ZOOM), how)
-            strip.paste(image, (GAP + column * (ZOOM + GAP), 0))
+            strip.paste(ImageOps.contain(image, (ZOOM, ZOOM), how), (x, 0))
         for who, text, red in lines:
             words = text.split()
-            words = words[:WORDS] + ["..."] * (len(words) > WORDS)
-            write_words(pen, (left, y), width, [who])
+            words[WORDS:] = ["..."] * (len(words) > WORDS)
+            pen.text((left, y), who, fill="black", font_size=15)
             y = write_words(pen, (left + WHO, y), width - GAP, words, red) + 4
         strips.append(strip.crop((0, 0, width, max(ZOOM, y) + GAP)))
     return Image.fromarray(np.concatenate([np.asarray(strip) for strip in strips]))
@@ -123,20 +119,18 @@ def record_sheet(config, titles, field, row_of):
 
 def sheet_row(record, image, distorted, config):
     """Of an MFPO record: the image with its regions, the distorted image, the words."""
-    regions, noise = record.get("regions", []), record.get("noise")
+    regions = record.get("regions", [])
     for region in regions:
         data.check(region, {"word": str, "box": list})
         x0, y0, x1, y1 = region["box"]
         box = x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)  # what a box ends with lies outside of it
         ImageDraw.Draw(image).rectangle(box, outline="red", width=max(1, max(image.size) // 96))
-    # Records that were built before there was a text "negative" have the settings of the noise.
-    before = f"noise {noise['schedule']} t={noise['t']}" if noise else "unknown"
     words = ", ".join(region["word"] for region in regions) or "none"
     lines = {
         "keywords": ", ".join(record.get("keywords", [])),
         "chosen": record["chosen"],
         "rejected": f"{record['rejected']} ({record.get('rejected_from', 'given')})",
-        "negative": record.get("negative", before),
+        "negative": record.get("negative", "unknown"),
         "region": f"{record.get('region_kind', 'unknown')}: {words}",
     }
     return (image, distorted), [(who, text, ()) for who, text in lines.items()]
@@ -149,7 +143,7 @@ def attack_row(record, image, attacked, config):
     larger = Image.fromarray((128 + FACTOR * change).clip(0, 255).astype(np.uint8))
     chosen, mined = record["chosen"], record["rejected"]
     red = {word for word in mined.split() if build_data.is_new_word(word, chosen)}
-    lines = [("chosen", chosen, ()), ("mined", mined, red), ("attack", attack_of(record), ())]
+    lines = ("chosen", chosen, ()), ("mined", mined, red), ("attack", attack_of(record), ())
     return (image, attacked, larger), lines
 
 
@@ -191,10 +185,9 @@ def story(config):
 
 def curve_panels(runs):
     """Metrics over the number that runs' names begin with: a dot a seed, a line through the means, a colour for what
-    follows the number (of 0.44_ddpm_400 "ddpm"), the base's mean dashed. Other runs are left out.
+    follows the number (of 0.44_ddpm_400 "ddpm"), the base's mean dashed. Undefined values become nan: not drawn.
 
-    runs      {name: {seed: summary}};   undefined values become nan, which is not drawn
-    returns   a panel a metric: (title, [(label, xs, ys, matplotlib's format)])
+    runs {name: {seed: summary}};   returns  a panel a metric: (title, [(label, xs, ys, matplotlib's format)])
     """
     groups, panels = {}, []
     for name, by_seed in runs.items():
@@ -252,6 +245,7 @@ COMMANDS |= dict.fromkeys(("curves", "margins"), RunsConfig)
 
 
 def main():
+    """Draw on all ranks, for story is answered by all; rank 0 saves."""
     command, config = runtime.parse_command(__doc__, COMMANDS)
     runtime.start()
     if command == "sheet":
