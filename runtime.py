@@ -457,7 +457,9 @@ def load_checkpoint(folder, policy, optimizer, reference):
 
 
 def resumed(config, argv):
-    """With --resume the config of that run, whose settings hold: another flag is a Mistake. Else `config`."""
+    """With --resume the config of that run, whose settings hold: another flag is a Mistake. Else `config`. Of a run of
+    another version, a knob that is gone is left out with a line, a new one has its default.
+    """
     if not config.resume:
         return config
     if others := [flag for flag in argv if flag.startswith("--") and flag.split("=")[0] != "--resume"]:
@@ -465,9 +467,16 @@ def resumed(config, argv):
     path = Path(config.resume) / "config.json"
     if not path.is_file():
         raise Mistake(f"--resume {config.resume}: holds no config.json, so no run. Name one such as out/mfpo-1")
+    knobs = [field.name for field in dataclasses.fields(config)]
     try:
-        return type(config)(**json.loads(path.read_text()) | {"out": config.resume, "resume": config.resume})
-    except (json.JSONDecodeError, TypeError) as error:  # a name or value that no knob has
+        stored = json.loads(path.read_text())
+        settings = {name: stored[name] for name in knobs if name in stored}
+        if len(settings) < 0.75 * max(len(stored), len(knobs)):
+            raise TypeError(f"{len(settings)} of its {len(stored)} knobs are known")
+        if gone := ", ".join(name for name in stored if name not in knobs):
+            say(f"{path}: this version does not have {gone}")
+        return type(config)(**settings | {"out": config.resume, "resume": config.resume})
+    except (json.JSONDecodeError, TypeError) as error:  # another script's; a value that no knob has
         remedy = "Resume with the script and version that wrote it"
         raise Mistake(f"{path}: is not the config of this script ({error}). {remedy}") from None
 

@@ -364,3 +364,19 @@ def test_a_copied_trainer_runs_and_tells_mistakes_in_one_line(world, tmp_path, m
     args = ["--data", world, "--eval_split", "none", *SMALL, "--steps", 1, "--out", tmp_path / "run"]
     assert conftest.run_here(monkeypatch, copy, *args) == 0
     assert conftest.refused(monkeypatch, capsys, copy, "--beta", "-1").strip() == "--beta must be positive, got -1.0"
+
+
+def test_a_run_of_an_older_version_is_resumed(monkeypatch, capsys, world, tmp_path):
+    """Knobs that are gone are told, those that are new have their default."""
+    run = tmp_path / "run"
+    args = ["--data", world, "--out", run, "--save_every", 1, "--eval_split", "none", *SMALL]
+    assert run_here(monkeypatch, *args) == 0
+    config = json.loads((run / "config.json").read_text())
+    del config["steps"]
+    (run / "config.json").write_text(json.dumps(config | {"keep": 2, "log_every": 10, "skip_bad": False}))
+    shutil.rmtree(run / "final")
+    shutil.rmtree(runtime.checkpoints(run)[-1])
+    capsys.readouterr()
+    assert run_here(monkeypatch, "--resume", run) == 0
+    assert "this version does not have keep, log_every, skip_bad" in capsys.readouterr().out
+    assert (run / "final").is_dir()
