@@ -348,10 +348,11 @@ def build_mfpo(config):
     table, out = hub.embeddings(policy.folder), Path(config.out)
     finder = grounding.load(config.grounder, config.segmenter, runtime.device()) if config.grounder else None
 
-    def check(record):
+    policy.encoding.max_length = config.max_length
+
+    def check(record):  # what the trainer refuses is refused here, before any grounding
         parts.check_source(record, rejected=True)
-        if prior:
-            policy.encoding.row(record, "chosen")
+        policy.encoding.row(record, *(name for name in ("chosen", "rejected") if name in record))
 
     records = parts.read_source(config, check)
     if config.negative == "other" and len({record["image"] for record in records}) < 2:
@@ -416,11 +417,10 @@ class MbpoConfig(parts.Config):
     steps: int = knob(10, "steps of the attack")
     questions: int = knob(2000, "closed-ended questions to make of a toy source")
     max_new_tokens: int = knob(128, "answers that do not end within so many tokens are dropped")
-    max_length: int = knob(2048, "tokens of image, question and answer; a longer record is bad, never cut")
 
     def __post_init__(self):
         super().__post_init__()
-        runtime.check(self, positive="steps max_new_tokens max_length", not_negative="questions iig_keep")
+        runtime.check(self, positive="steps max_new_tokens", not_negative="questions iig_keep")
         if self.iig_keep > 1:
             raise Mistake(f"--iig_keep {self.iig_keep}: a share in (0, 1]; 1 keeps all records")
         if self.iig_keep and self.iig_min is not None:

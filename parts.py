@@ -35,10 +35,11 @@ class Config:
     skip_bad: bool = knob(False, "drop bad source records, counted by reason, instead of stopping at the first")
     batch: int = knob(32, "records at a time; lower it when memory runs out")
     convention: Literal["", "original", "hub"] = knob("", "how it sees and is asked; empty: its folder's own")
+    max_length: int = knob(2048, "tokens of image, question and answer; a longer record is bad, never cut")
     seed: int = knob(0, "seed of noise, random regions, draws and questions")
 
     def __post_init__(self):
-        runtime.check(self, positive="batch", not_negative="records seed")
+        runtime.check(self, positive="batch max_length", not_negative="records seed")
         out, source = Path(self.out), Path(self.source)
         also = [out.with_name(f"{out.stem}{end}.jsonl") for end in ("", "_heldout", "_dropped", "_closed")]
         if out.suffix != ".jsonl" or out.is_dir() or source.resolve() in [path.resolve() for path in also]:
@@ -55,7 +56,7 @@ def check_source(record, rejected=False):
         box = o.get("box") if isinstance(o, dict) and isinstance(o.get("word"), str) else None
         good = isinstance(box, list) and len(box) == 4
         good = good and all(type(v) in (int, float) and -1e9 < v < 1e9 for v in box)
-        if not good or not (max(box[0], 0) < box[2] and max(box[1], 0) < box[3]):
+        if not good or not (box[0] < box[2] and box[1] < box[3]):
             need = '{"word": text, "box": [x0, y0, x1, y1]}, x0 < x1, y0 < y1'
             raise BadRecord("'objects' unusable", f"field 'objects' needs {need}, got {repr(o)[:80]}")
     # Of the toy world's records toy.rejected makes it, from "own_answer".
@@ -66,17 +67,34 @@ def check_source(record, rejected=False):
             raise BadRecord("chosen equal to rejected", message)
 
 
+def cut_boxes(record, size):
+    """Cut a record's boxes to its image of `size` (width, height); returns how many were. BadRecord if less than a
+    pixel of one is left: it is in other units.
+    """
+    count, limits = 0, np.tile(size, 2)
+    for o in record.get("objects", []):
+        box = np.clip(o["box"], 0, limits)
+        if (box[2:] - box[:2] < 1).any():
+            message = (
+                f"box {str(o['box'])[:60]} of {o['word'][:40]!r} holds no pixel of its image, {size[0]} x {size[1]}. "
+            )
+            raise BadRecord("'objects' unusable", message + "Boxes are in pixels, not in shares or thousandths")
+        if (box != o["box"]).any():
+            o["box"], count = box.tolist(), count + 1
+    return count
+
+
 def read_source(config, check):
     """The usable records of config.source, on all ranks, their images named from the folder of config.out. A bad
     one, or one whose image cannot be read, is a Mistake naming file, line and remedy, or with `skip_bad` dropped and
     counted by reason. With config.records so many, drawn by the seed.
     """
-    source, out = Path(config.source), Path(config.out)
+    source, out, cuts = Path(config.source), Path(config.out), []
 
     def fault(line):
         try:
             check(line[1])
-            data.load_image(data.image_path(source.parent, line[1]["image"]))
+            cuts.append(cut_boxes(line[1], data.load_image(data.image_path(source.parent, line[1]["image"])).size))
         except BadRecord as error:
             return error
 
@@ -95,7 +113,8 @@ def read_source(config, check):
                 else:
                     raise Mistake(f"{where}: {error}")
         drops = "".join(f"; dropped: {reason} {count}" for reason, count in dropped.most_common())
-        print(f"{len(records)} records from {source}{drops}")
+        cut = f"; {sum(cuts)} boxes reached out of their image and were cut" if sum(cuts) else ""
+        print(f"{len(records)} records from {source}{drops}{cut}")
         if not records:
             raise Mistake(f"--source {source}: no usable records. See what was dropped, and mend them")
         draw = np.random.default_rng(config.seed).permutation(len(records))[: config.records or None]

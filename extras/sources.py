@@ -4,13 +4,15 @@ Public datasets -> this project's own records: what build_data.py and train_mbpo
     python -m extras.sources FILE --out FOLDER [--images DIR] [--split NAME] [--records N] [--skip_bad True]
 
 reads    FILE: .jsonl, .json (one list), .parquet, or a folder with .parquet files in it or in its data/:
-         RLHF-V, RLAIF-V, mDPO, POVID, TRL, LLaVA-mix; ScienceQA, AI2D, MMStar, MME; our own (see FORMATS)
+         RLHF-V, RLAIF-V, mDPO, POVID, TRL, LLaMA-Factory, ms-swift, LLaVA-mix; ScienceQA, AI2D, MMStar, MME,
+         R1-V; our own (see FORMATS)
 writes   FOLDER/source.jsonl, or FOLDER/questions.jsonl from a closed-ended set (format: data.py), and images
 
 Images are files under DIR, or bytes in the records. Those under FOLDER stay where they are; others come to
 FOLDER/images, named by their content: a file as a hard link where the file system can, else as a copy.
 """
 
+import base64
 import hashlib
 import io
 import json
@@ -39,7 +41,7 @@ TEXT_ONLY = ("text only", "has no image")  # good sets have many: left out and c
 SEVERAL_TURNS = ("several turns", "the prompt is a conversation of several turns. Cut it to one question")
 CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."
 SHORT_PROMPT = "Answer the question using a single word or phrase."
-IS_HUMAN = {"human": True, "user": True, "gpt": False, "assistant": False}
+WHO = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 # What a file's name says of its split: train-00000-of-00002.parquet as the hub writes it, or train.parquet.
 SPLIT = re.compile(r".+?(?=[-_]\d+-of-\d+)|(?:train|validation|val|dev|test)(?![a-zA-Z])")
 
@@ -71,28 +73,56 @@ def bare_answer(answer):
     return re.sub(r"\s*(</s>|<\|im_end\|>|<\|end\|>)\s*$", "", answer).strip()
 
 
-def first_turn(raw, field):
-    """LLaVA's conversations: the first question, its answer, and how many further answers there are."""
-    turns = raw.get(field)
-    turns = turns if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns) else []
-    turns = [(str(turn.get("from")), turn.get("value")) for turn in turns if turn.get("from") != "system"]
-    in_turn = all(IS_HUMAN.get(who) == (n % 2 == 0) for n, (who, _) in enumerate(turns))
-    if len(turns) < 2 or not in_turn or not all(isinstance(value, str) for _, value in turns):
-        message = f'field {field!r} must hold turns {{"from": human | gpt, "value": text}} in turn. Mend it'
-        raise BadRecord(f"{field!r} unusable", message)
-    return bare_question(turns[0][1]), bare_answer(turns[1][1]), (len(turns) - 1) // 2
+def image_in(raw, *talks):
+    """The one image that a record names: in a field, or inside of a message. What mentions one is never "text only"."""
+    parts = [turn.get("content") for talk in talks if isinstance(talk, list) for turn in talk if isinstance(turn, dict)]
+    parts = [part for content in parts if isinstance(content, list) for part in content if isinstance(part, dict)]
+    parts = [part for part in parts if str(part.get("type")).startswith("image")]
+    named = [raw.get(name) for name in ("image", "images", "img_path", "image_path")]
+    named += [
+        next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key)), None) for part in parts
+    ]
+    named = chain.from_iterable(value if isinstance(value, list) else [value] for value in named)
+    named = [value["url"] if isinstance(value, dict) and "url" in value else value for value in named]
+    named = [value for value in named if value not in (None, "", {})]
+    if len(named) > 1:
+        raise BadRecord("several images", f"has {len(named)} images, we train on one. Delete the record")
+    if not named:
+        where = [name for name, value in raw.items() if value and re.search("image|img|photo|picture", name.lower())]
+        where += ["a message"] * bool(parts) + [name for name, value in raw.items() if "<image>" in str(value)]
+        if where:
+            message = f"mentions an image in {where[0]}, and names none in image, images, img_path or a message"
+            raise BadRecord("image not named", f"{message}. Rename its field")
+        raise BadRecord(*TEXT_ONLY)
+    return named[0]
 
 
-def message_text(messages):
-    """The text of TRL's only message. Its content is a text, or a list of parts, as the image may be one."""
-    if len(messages) != 1:
-        raise BadRecord(*SEVERAL_TURNS)
-    content = messages[0].get("content") if isinstance(messages[0], dict) else None
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        content = "\n".join(part["text"] for part in content if isinstance(part.get("text"), str))
-    if not isinstance(content, str):
-        raise BadRecord("message unusable", f"a message has no text: {str(messages[0])[:60]}. Mend it")
-    return content
+def turns_of(talk, field):
+    """[(who, text)] of a conversation, in LLaVA's form ("from", "value") or with roles, who: human | gpt | system."""
+    turns = []
+    for turn in talk if isinstance(talk, list) else [talk]:
+        turn = turn if isinstance(turn, dict) else {}
+        who, text = WHO.get(turn.get("from", turn.get("role"))), turn.get("value", turn.get("content"))
+        if isinstance(text, list):  # of parts, as the image may be one
+            text = "\n".join(
+                part["text"] for part in text if isinstance(part, dict) and isinstance(part.get("text"), str)
+            )
+        if who is None or not isinstance(text, str):
+            message = f"field {field!r} needs turns of human, gpt or system with a text, got {str(turn)[:60]}. Mend it"
+            raise BadRecord(f"{field!r} unusable", message)
+        turns.append((who, text))
+    return turns
+
+
+def first_turn(talk, field):
+    """The first question of a conversation (what a system message says in front), its answer, further answers."""
+    turns = turns_of(talk, field)
+    system = [text.strip() for who, text in turns if who == "system" and text.strip()]
+    turns = [turn for turn in turns if turn[0] != "system"]
+    if any(who != ("human", "gpt")[n % 2] for n, (who, _) in enumerate(turns)) or len(turns) < 2:
+        raise BadRecord(f"{field!r} unusable", f"field {field!r} must hold human and gpt in turn. Mend it")
+    question = "\n".join([*system, bare_question(turns[0][1])])
+    return question, bare_answer(turns[1][1]), (len(turns) - 1) // 2
 
 
 def preference(raw):
@@ -102,21 +132,51 @@ def preference(raw):
     return {"question": bare_question(question), **answers}
 
 
+def talked(raw, talk, chosen, rejected):
+    """A preference whose question is the conversation `talk`, its answers one turn (or text) each."""
+    asked = (
+        []
+        if talk is None
+        else turns_of([{"role": "user", "content": talk}] if isinstance(talk, str) else talk, "prompt")
+    )
+    answers = []
+    for field, answer in (("chosen", chosen), ("rejected", rejected)):
+        answer = turns_of(answer, field) if isinstance(answer, (list, dict)) else [("gpt", answer)]
+        answers.append(answer[-1][1])
+        if answer[:-1] and not asked:
+            asked = answer[:-1]  # the prompt is the common beginning of both
+        if answer[:-1] not in ([], asked):
+            raise BadRecord(*SEVERAL_TURNS)
+    if [who for who, _ in asked if who != "system"] != ["human"]:
+        raise BadRecord(*SEVERAL_TURNS)
+    said = preference({"question": asked[-1][1], "chosen": answers[0], "rejected": answers[1]})
+    said["question"] = "\n".join([*(text.strip() for who, text in asked[:-1] if text.strip()), said["question"]])
+    image = image_in(raw, *(part for part in (talk, chosen, rejected) if isinstance(part, list)))
+    return {"image": image, **said}
+
+
 def trl(raw):
-    """TRL's messages or plain texts, and mDPO's. The prompt may be the common beginning of both answers."""
-    chosen, rejected, prompt = (raw.get(name) for name in ("chosen", "rejected", "prompt"))
-    talks = isinstance(chosen, list) and isinstance(rejected, list)
-    if prompt is None and talks and chosen[:-1] == rejected[:-1]:
-        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
-    if isinstance(prompt, list):
-        prompt = [m for m in prompt if not (isinstance(m, dict) and m.get("role") == "system")]
-    said = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    said = {name: message_text(value) if isinstance(value, list) else value for name, value in said.items()}
-    images = raw.get("img_path", raw.get("images") or raw.get("image")) or [None]
-    images = images if isinstance(images, list) else [images]
-    if len(images) > 1:
-        raise BadRecord("several images", f"has {len(images)} images, we train on one. Delete the record")
-    return {"image": images[0], **preference({"question": texts(said, "prompt")[0], **said})}
+    """TRL's messages or plain texts, mDPO's and LLaMA-Factory's: the question in "prompt" or a conversation."""
+    talk = raw.get("prompt", raw.get("conversations", raw.get("messages")))
+    return talked(raw, talk, raw.get("chosen"), raw.get("rejected"))
+
+
+def swift(raw):
+    """ms-swift: the chosen answer is the last message."""
+    if raw.get("rejected_images"):
+        raise BadRecord("image preference", "'rejected_images' prefers an image, not an answer. Delete the record")
+    talk = raw["messages"] if isinstance(raw["messages"], list) else []
+    return talked(raw, talk[:-1], talk[-1:], texts(raw, "rejected_response")[0])
+
+
+def r1v(raw):
+    """R1-V: the truth stands in <answer>; a number, yes or no, or a word."""
+    problem, solution = texts(raw, "problem", "solution")
+    answer = (re.findall("<answer>(.*?)</answer>", solution, re.DOTALL) or [solution])[-1].strip()
+    kind = "yesno" if answer.lower() in ("yes", "no") else "word"
+    kind = "number" if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", answer) else kind
+    answer = answer.capitalize() if kind == "yesno" else answer
+    return {"image": image_in(raw), "question": bare_question(problem), "kind": kind, "answer": answer}
 
 
 def rlhf_v(raw):
@@ -129,14 +189,13 @@ def rlhf_v(raw):
     return preference(inner)
 
 
-def conversation(raw, paired=False):
+def conversation(raw, field="conversations", paired=False):
     """LLaVA-mix, of which many entries have no image, and POVID, which holds a rejected conversation too."""
-    if not raw.get("image"):
-        raise BadRecord(*TEXT_ONLY)
-    question, chosen, later = first_turn(raw, "conversations")
-    record = {"question": question, "chosen": chosen, "later_turns": later}
+    image = image_in(raw, raw[field])
+    question, chosen, later = first_turn(raw[field], field)
+    record = {"image": image, "question": question, "chosen": chosen, "later_turns": later}
     if paired:
-        again, record["rejected"], _ = first_turn(raw, "rejected_conversations")
+        again, record["rejected"], _ = first_turn(raw["rejected_conversations"], "rejected_conversations")
         if again != question:
             raise BadRecord("two questions", "its conversations ask different questions. Delete the record")
     return record
@@ -185,17 +244,21 @@ FORMATS = {
     "closed": (dict, {"id", "image", "question", "kind", "answer"}),  # our own questions
     "own": (dict, {"id", "image", "question", "chosen"}),
     "mdpo": (trl, {"img_path", "prompt", "chosen", "rejected"}),
-    "povid": (lambda raw: conversation(raw, True), {"image", "conversations", "rejected_conversations"}),
+    "povid": (lambda raw: conversation(raw, paired=True), {"conversations", "rejected_conversations"}),
+    "llama-factory": (trl, {"conversations", "chosen", "rejected"}),
+    "ms-swift": (swift, {"messages", "rejected_response"}),
+    "r1-v": (r1v, {"problem", "solution"}),
     "llava": (conversation, {"conversations"}),
     "rlaif-v": (preference, {"image", "question", "chosen", "rejected"}),
     "trl": (trl, {"chosen", "rejected"}),  # image or images; messages
+    "messages": (lambda raw: conversation(raw, "messages"), {"messages"}),
     "rlhf-v": (rlhf_v, {"image", "text"}),  # text: a JSON string with question, chosen, rejected
     "scienceqa": (lambda raw: choice(raw, "choices"), {"image", "question", "choices", "answer"}),
     "ai2d": (lambda raw: choice(raw, "options"), {"image", "question", "options", "answer"}),
     "mmstar": (mmstar, {"image", "question", "answer", "l2_category"}),
     "mme": (mme, {"image", "question", "answer"}),
 }
-OWN, CLOSED = ("own", "closed"), ("closed", "scienceqa", "ai2d", "mmstar", "mme")
+OWN, CLOSED = ("own", "closed"), ("closed", "scienceqa", "ai2d", "mmstar", "mme", "r1-v")
 
 
 def recognise(raw):
@@ -248,7 +311,13 @@ def image_of(value, images, folder):
     if value is None or value == "":
         raise BadRecord(*TEXT_ONLY)
     file = None
+    if isinstance(value, str) and (value.startswith("data:") or len(value) > 1000):  # a data URI, base64
+        try:
+            value = base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
+        except ValueError:
+            raise BadRecord("image unreadable", f"image {value[:40]!r}... is no base64. Mend it") from None
     if isinstance(value, str):
+        value = value.removeprefix("file://")
         file = data.image_path(images, value.removeprefix(f"{images}/"))  # some write the full path
     else:
         data.check({"image": value}, {"image": bytes})

@@ -411,7 +411,6 @@ FALLBACKS = {  # why no keyword has a region -> fields of the record, what a gro
     "no box and no grounder": ({}, None),
     "a box of another word": ({"objects": [{"word": "whale", "box": [0, 0, 70, 40]}]}, None),
     "a box that the crop leaves out": ({"objects": [{"word": "cup", "box": [0, 0, 9, 40]}]}, None),
-    "a box outside of the image": ({"objects": [{"word": "cup", "box": [100, 0, 140, 40]}]}, None),
     "nothing above the threshold": ({}, ([], None)),
     "an empty mask": ({}, ([{"word": "cup", "box": [0, 0, 70, 40]}], np.zeros((1, 40, 70), bool))),
     "no keyword": ({"chosen": "it is what it is"}, None),
@@ -429,6 +428,34 @@ def test_without_a_region_all_is_noised(world, folder, monkeypatch, capsys, why)
     assert record["region_kind"] == "global" and record["regions"] == [] and changed.mean() > 0.9
     text = capsys.readouterr().out
     assert re.search(r"global:? 1\b", text) and ("Name a --grounder" in text) == (answer is None)
+
+
+@pytest.mark.parametrize("scale", [1 / 70, 1000 / 70])
+def test_boxes_in_other_units_are_refused(world, folder, monkeypatch, capsys, scale):
+    """In shares less than a pixel is left; in thousandths nothing lies in a small image."""
+    box = [round(v * scale, 3) for v in (20, 20, 60, 38)]
+    source = write(folder / "x.jsonl", [GOOD | {"objects": [{"word": "cup", "box": box}]}])
+    assert build(monkeypatch, world, "mfpo", source, folder / "out.jsonl") == 2
+    text = capsys.readouterr().err
+    assert "x.jsonl, line 1: box" in text and "not in shares or thousandths" in text and str(box[0]) in text
+
+
+def test_a_box_half_outside_is_cut_and_counted(world, folder, monkeypatch, capsys):
+    source = write(folder / "x.jsonl", [GOOD | {"objects": [{"word": "cup", "box": [40, 10, 90, 20.5]}]}])
+    assert build(monkeypatch, world, "mfpo", source, folder / "out.jsonl") == 0
+    assert "1 boxes reached out of their image and were cut" in capsys.readouterr().out
+    (record,) = data.read_lines(folder / "out.jsonl")
+    assert record["regions"] == [{"word": "cup", "box": [40, 10, 70, 20.5]}]
+
+
+@pytest.mark.parametrize("what", ["<image>\nWhat is it?", "What </s> is it?"])
+def test_what_the_trainer_refuses_is_refused_while_building(world, folder, monkeypatch, capsys, what):
+    source = write(folder / "x.jsonl", [GOOD, GOOD | {"id": "b", "question": what}])
+    assert build(monkeypatch, world, "mfpo", source, folder / "out.jsonl") == 2
+    assert "x.jsonl, line 2" in capsys.readouterr().err
+    source = write(folder / "x.jsonl", [GOOD])
+    assert build(monkeypatch, world, "mfpo", source, folder / "out.jsonl", "--max_length", 30) == 2
+    assert "--max_length is 30" in capsys.readouterr().err
 
 
 def test_masks_of_the_segmenter_are_what_is_noised(world, folder, monkeypatch):
@@ -524,7 +551,7 @@ def without(name):
         ({**GOOD, "objects": [{"word": "cup", "box": [5, 5, 1, 1]}]}, "'objects' needs", "'objects' unusable"),
         ({**GOOD, "objects": [{"word": "cup", "box": [0, 0, math.nan, 1]}]}, "'objects' needs", "'objects' unusable"),
         ({**GOOD, "objects": [{"word": "cup", "box": [0, 0, 10**400, 9]}]}, "'objects' needs", "'objects' unusable"),
-        ({**GOOD, "objects": [{"word": "cup", "box": [-9, 0, -1, 9]}]}, "'objects' needs", "'objects' unusable"),
+        ({**GOOD, "objects": [{"word": "cup", "box": [-9, 0, -1, 9]}]}, "no pixel of its image", "'objects' unusable"),
         ({**GOOD, "image": "text.png"}, "text.png: cannot be read as an image", "image unreadable"),
         ({**GOOD, "image": "long.png"}, "16 times as long", "image too long"),
         ({**GOOD, "image": "deep.png"}, "more than 8 bits", "image not of 8 bits"),
@@ -1215,18 +1242,24 @@ def test_the_papers_control_is_povids_noise(world, base, tmp_path, monkeypatch):
     shutil.copytree(world / "images", tmp_path / "images")
     source = tmp_path / "source.jsonl"
     runtime.write_jsonl(source, data.read_lines(world / "val.jsonl")[:4])
-    args = ["--attack", "diffusion", "--iig_keep", 1, "--questions", 0, "--max_new_tokens", 30]
-    assert build(monkeypatch, world, "mbpo", source, tmp_path / "o.jsonl", *args) == 0
-    lines = data.read_lines(tmp_path / "o.jsonl") + data.read_lines(tmp_path / "o_dropped.jsonl")
+    args = ["--attack", "diffusion", "--iig_keep", 1, "--questions", 0, "--max_new_tokens", 1]
+    save, seen = parts.save_image, {}
+
+    def saved(image, folder, record, parts):
+        seen[record["id"]] = image
+        return save(image, folder, record, parts)
+
+    monkeypatch.setattr(parts, "save_image", saved)
+    assert build(monkeypatch, world, "mbpo", source, tmp_path / "o.jsonl", *args) == 2  # all are too long
+    lines = data.read_lines(tmp_path / "o_dropped.jsonl")
     assert len(lines) == 4
     for line in lines:
         assert line["attack"] == {"kind": "diffusion", "eps": 1.0, "t": 500}
-        clean, noisy = (np.asarray(Image.open(tmp_path / line[f]), float) / 255 for f in ("image", "image_attacked"))
+        clean, noisy = np.asarray(Image.open(tmp_path / line["image"]), float) / 255, seen[line["id"]] / 255.0
         normal = build_data.seeded(0, line["id"]).standard_normal((3, *clean.shape[:2]))
-        expected = 0.8630 * clean[5, 9, 1] + math.sqrt(1 - 0.8630**2) * normal[1, 5, 9]
-        assert noisy[5, 9, 1] == pytest.approx(min(1, max(0, expected)), abs=0.003)
-        inside = (noisy > 0) & (noisy < 1)
-        assert 0.35 < (noisy - 0.8630 * clean)[inside].std() < 0.52
+        for y, x, c in ((5, 9, 1), (40, 3, 0), (63, 63, 2), (20, 33, 1)):
+            expected = 0.8630 * clean[y, x, c] + math.sqrt(1 - 0.8630**2) * normal[c, y, x]
+            assert noisy[y, x, c] == pytest.approx(min(1, max(0, expected)), abs=0.003)
 
 
 def test_a_cutoff_of_the_gain_keeps_what_gains_as_much(world, tmp_path, monkeypatch, capsys):
@@ -1482,7 +1515,7 @@ def test_all_of_eight_processes_wait_for_the_last(tmp_path):
 
 def test_a_command_is_needed(monkeypatch, capsys):
     assert "toy | mfpo | mbpo" in refused(monkeypatch, capsys, build_data)
-    assert "got 'dpo'" in refused(monkeypatch, capsys, build_data, "dpo")
+    assert "got dpo" in refused(monkeypatch, capsys, build_data, "dpo")
 
 
 def test_a_source_is_not_overwritten(world):
