@@ -183,8 +183,8 @@ def write_aside(policy, folder, write):
 
 @torch.no_grad()
 def export(policy, folder):
-    """Write a trained policy to `folder`, as docs/scale.md has it. The base is read again and what was trained
-    put in its place, adapters merged, so that the rest is exact. All ranks call it; rank 0 writes.
+    """Write a trained policy to `folder` (see docs/scale.md). The base is read again and what was trained put
+    in its place, adapters merged, so that the rest is exact. All ranks call it; rank 0 writes.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     trained = get_model_state_dict(policy.hf, options=options)  # gathered from all ranks, on rank 0 alone
