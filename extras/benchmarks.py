@@ -94,8 +94,8 @@ def one_of(name, value, allowed, title=""):
 
 
 def read(flag, path, config, check):
-    """{id: record} of a JSONL file or JSON list, in order. One that check(record) refuses is a Mistake naming its
-    line, or with --skip_bad dropped and counted; so is one whose image is damaged, if a model sees it.
+    """{id: record} of a JSONL file or JSON list. One that check(record) refuses, or whose image a model would see and
+    is damaged, is a Mistake naming its line, or with --skip_bad dropped and counted.
     """
     if not path:
         raise Mistake(f"--{flag} is needed: name the file")
@@ -139,12 +139,11 @@ def match(items, path, config, others=()):
 
 
 def by_image(counted):
-    """[(image, {name: count})] -> a row of sums for each image, what the bootstrap draws, with all names."""
+    """[(image, {name: count})] -> a row of sums for each image, what the bootstrap draws."""
     rows = {}
     for image, counts in counted:
         rows.setdefault(image, Counter()).update(counts)  # adds
-    zeros = {name: 0 for row in rows.values() for name in row}
-    return [{**zeros, **row} for row in rows.values()]
+    return list(rows.values())
 
 
 DOUBLE_WORDS = """motor bike, motor cycle, air plane, traffic light, street light, traffic signal, stop light,
@@ -194,11 +193,11 @@ class Objects:
         """[(word, class)] in the order of the text, repeats kept."""
         text = re.sub(r"['’]s\b", "", text.lower())
         words = [self.singular(word) for word in re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text)]
-        joined, i = [], 0
-        while i < len(words):
-            pair = " ".join(words[i : i + 2])
-            joined.append(JOINED.get(pair, words[i]))
-            i += 2 if pair in JOINED else 1
+        joined = []
+        while words:
+            pair = " ".join(words[:2])
+            joined.append(JOINED.get(pair, words[0]))
+            del words[: 2 if pair in JOINED else 1]
         if "toilet" in joined:
             joined = [word for word in joined if word != "seat"]
         return [(word, self.class_of[word]) for word in joined if word in self.class_of]
@@ -361,7 +360,7 @@ def amber(config, items, path):
     rows, metrics, names = by_image(counted), {}, ("accuracy", "precision", "recall", "f1")
     shares = (("right", "asked"), ("no right", "said no"), ("no right", "no"), ("twice", "either"))
     for part in ("", "existence ", "attribute ", "relation "):
-        if f"{part}asked" in rows[0]:
+        if any(f"{part}asked" in row for row in rows):
             for name, (a, b) in zip(names, shares, strict=True):
                 metrics[part + name] = ("  " * bool(part) + part + name, (part + a, part + b))
     notes = [f"{unread} answers were neither Yes nor No to the letter, and count as wrong."]
@@ -372,7 +371,7 @@ def amber(config, items, path):
 
 
 def check_mmhal(record, config):
-    """BadRecord unless it is of response_template.json; adds "id" and "image", for it has neither."""
+    """BadRecord unless it is of response_template.json, which has no "id" and "image": they are added."""
     data.check(record, {"question": str, "image_src": str})
     name = Path(record["image_src"]).name
     record |= {"id": f"{name}: {record['question']}", "image": name}
@@ -442,14 +441,14 @@ BENCHMARKS = {
 def items_of(name, config):
     """{id: item} of a benchmark; AMBER's are its annotations, joined with its queries if these are named."""
     bench = BENCHMARKS[name]
+    items = read(bench.flag, getattr(config, bench.flag), config, lambda item: bench.check(item, config))
+    if name != "amber" or not (config.questions or config.model):
+        return items
 
     def check_query(record):
         data.check(record, {"image": str, "query": str})
         one_of("id", id_of(record), items, f"one of {config.annotations}")
 
-    items = read(bench.flag, getattr(config, bench.flag), config, lambda item: bench.check(item, config))
-    if name != "amber" or not (config.questions or config.model):
-        return items
     queries = read("questions", config.questions, config, check_query)
     return {key: items[key] | query for key, query in queries.items()}
 
@@ -515,6 +514,7 @@ def report(name, config, items):
 
 
 def main():
+    """Read and check all files, answer if a model is named, score."""
     name, config = runtime.parse_command(__doc__, dict.fromkeys(BENCHMARKS, Config))
     runtime.start()
     needed = name != "mmhal" or config.model  # a judge's answers are scored without the questions

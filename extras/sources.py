@@ -22,7 +22,6 @@ import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -332,8 +331,7 @@ def image_of(value, images, folder):
 
 def check_answers(record):
     """BadRecord unless the rejected answer and the objects of a source record, if any, can be used."""
-    optional = {"rejected": str, "objects": list}
-    data.check(record, {name: kind for name, kind in optional.items() if name in record})
+    data.check({"rejected": "none", "objects": []} | record, {"rejected": str, "objects": list})
     if record.get("rejected", "").strip() == record["chosen"].strip():
         raise BadRecord("'rejected' unusable", "'rejected' must be a text other than 'chosen'. Mend it")
     for entry in record.get("objects", []):
@@ -411,10 +409,10 @@ def put(path, content, file):
     """Put an image at `path`: a hard link to `file`, if there is one and the system can, else a copy."""
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
-    with suppress(OSError, AttributeError):
+    try:
         os.link(file.resolve(), path)
-        return
-    path.write_bytes(content)
+    except (OSError, AttributeError):
+        path.write_bytes(content)
 
 
 def build(source, config):
@@ -475,6 +473,7 @@ def build(source, config):
 
 
 def main():
+    """FILE and flags; rank 0 builds, the others wait."""
     argv = sys.argv[1:]
     asks = {"-h", "--help"} & set(argv)
     if not asks and (not argv or argv[0].startswith("-")):
