@@ -91,7 +91,7 @@ def read_json(path):
         start = next((line for line in file if line.strip()), "").strip()
         file.seek(0)
         one = parsed(start)
-        if not isinstance(one, dict) or len(one) == 1:  # else a record a line
+        if not isinstance(one, dict) or [type(value) for value in one.values()] == [list]:  # else a record a line
             items = whole(file.read())
             file.seek(0)
             if isinstance(items, list) or start[:1] == "[":

@@ -74,54 +74,56 @@ def bare_answer(answer):
 
 def image_in(raw, *talks):
     """The one image that a record names: in a field, or inside of a message. What mentions one is never "text only"."""
-    parts = [turn.get("content") for talk in talks if isinstance(talk, list) for turn in talk if isinstance(turn, dict)]
-    parts = [part for content in parts if isinstance(content, list) for part in content if isinstance(part, dict)]
+    contents = [turn.get("content") for talk in talks for turn in talk if isinstance(turn, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     parts = [part for part in parts if str(part.get("type")).startswith("image")]
-    named = [raw.get(name) for name in ("image", "images", "img_path", "image_path")]
-    named += [
-        next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key)), None) for part in parts
-    ]
-    named = chain.from_iterable(value if isinstance(value, list) else [value] for value in named)
-    named = [value["url"] if isinstance(value, dict) and "url" in value else value for value in named]
-    named = [value for value in named if value not in (None, "", {})]
+    inside = [next(filter(None, map(part.get, ("image", "image_url", "url", "path"))), None) for part in parts]
+    named = next((v for v in (*map(raw.get, ("images", "image", "img_path", "image_path")), inside) if v), [])
+    named = [value for value in (named if isinstance(named, list) else [named]) if value]
     if len(named) > 1:
         raise BadRecord("several images", f"has {len(named)} images, we train on one. Delete the record")
+    where = ["a message"] * bool(parts) + [name for name, value in raw.items() if "<image>" in str(value)]
+    where += [name for name, value in raw.items() if value and re.search("image|img|photo|picture", name.lower())]
+    if where and not named:
+        message = f"mentions an image in {where[0]}, and names none in image, images, img_path or a message"
+        raise BadRecord("image not named", f"{message}. Rename its field")
     if not named:
-        where = [name for name, value in raw.items() if value and re.search("image|img|photo|picture", name.lower())]
-        where += ["a message"] * bool(parts) + [name for name, value in raw.items() if "<image>" in str(value)]
-        if where:
-            message = f"mentions an image in {where[0]}, and names none in image, images, img_path or a message"
-            raise BadRecord("image not named", f"{message}. Rename its field")
         raise BadRecord(*TEXT_ONLY)
-    return named[0]
+    return named[0]["url"] if isinstance(named[0], dict) and "url" in named[0] else named[0]
 
 
 def turns_of(talk, field):
-    """[(who, text)] of a conversation, in LLaVA's form ("from", "value") or with roles, who: human | gpt | system."""
+    """[(who, text)] of a conversation in LLaVA's form ("from", "value") or with roles; who: human | gpt | system."""
     turns = []
-    for turn in talk if isinstance(talk, list) else [talk]:
+    for turn in talk if isinstance(talk, list) and talk else [talk]:
         turn = turn if isinstance(turn, dict) else {}
-        who, text = WHO.get(turn.get("from", turn.get("role"))), turn.get("value", turn.get("content"))
+        who, text = WHO.get(str(turn.get("from", turn.get("role")))), turn.get("value", turn.get("content"))
         if isinstance(text, list):  # of parts, as the image may be one
-            text = "\n".join(
-                part["text"] for part in text if isinstance(part, dict) and isinstance(part.get("text"), str)
-            )
+            said = [part.get("text") for part in text if isinstance(part, dict)]
+            text = "\n".join(part for part in said if isinstance(part, str))
         if who is None or not isinstance(text, str):
-            message = f"field {field!r} needs turns of human, gpt or system with a text, got {str(turn)[:60]}. Mend it"
+            message = f"field {field!r} must hold turns of human, gpt or system with a text, got {str(turn)[:60]}. Mend"
             raise BadRecord(f"{field!r} unusable", message)
         turns.append((who, text))
     return turns
 
 
-def first_turn(talk, field):
-    """The first question of a conversation (what a system message says in front), its answer, further answers."""
-    turns = turns_of(talk, field)
-    system = [text.strip() for who, text in turns if who == "system" and text.strip()]
-    turns = [turn for turn in turns if turn[0] != "system"]
-    if any(who != ("human", "gpt")[n % 2] for n, (who, _) in enumerate(turns)) or len(turns) < 2:
-        raise BadRecord(f"{field!r} unusable", f"field {field!r} must hold human and gpt in turn. Mend it")
-    question = "\n".join([*system, bare_question(turns[0][1])])
-    return question, bare_answer(turns[1][1]), (len(turns) - 1) // 2
+def asked(turns):
+    """The question of turns that end with a human's: what a system message says stands in front of it."""
+    system, human = ([text for who, text in turns if who == kind and text.strip()] for kind in ("system", "human"))
+    if [who for who, _ in turns if who != "system"] != ["human"] or not human:
+        raise BadRecord(*SEVERAL_TURNS)
+    return "\n".join([*map(str.strip, system), bare_question(human[0])])
+
+
+def first_turn(raw, field):
+    """The first question of a conversation, its answer, and how many further answers there are."""
+    turns = turns_of(raw.get(field), field)
+    talk = [turn for turn in turns if turn[0] != "system"]
+    if len(talk) < 2 or any(who != ("human", "gpt")[n % 2] for n, (who, _) in enumerate(talk)):
+        raise BadRecord(f"{field!r} unusable", f"field {field!r} must hold turns of human and gpt in turn. Mend it")
+    question = asked([turn for turn in turns if turn[0] == "system"] + talk[:1])
+    return question, bare_answer(talk[1][1]), (len(talk) - 1) // 2
 
 
 def preference(raw):
@@ -131,33 +133,25 @@ def preference(raw):
     return {"question": bare_question(question), **answers}
 
 
-def talked(raw, talk, chosen, rejected):
-    """A preference whose question is the conversation `talk`, its answers one turn (or text) each."""
-    asked = (
-        []
-        if talk is None
-        else turns_of([{"role": "user", "content": talk}] if isinstance(talk, str) else talk, "prompt")
-    )
-    answers = []
-    for field, answer in (("chosen", chosen), ("rejected", rejected)):
-        answer = turns_of(answer, field) if isinstance(answer, (list, dict)) else [("gpt", answer)]
-        answers.append(answer[-1][1])
-        if answer[:-1] and not asked:
-            asked = answer[:-1]  # the prompt is the common beginning of both
-        if answer[:-1] not in ([], asked):
-            raise BadRecord(*SEVERAL_TURNS)
-    if [who for who, _ in asked if who != "system"] != ["human"]:
-        raise BadRecord(*SEVERAL_TURNS)
-    said = preference({"question": asked[-1][1], "chosen": answers[0], "rejected": answers[1]})
-    said["question"] = "\n".join([*(text.strip() for who, text in asked[:-1] if text.strip()), said["question"]])
-    image = image_in(raw, *(part for part in (talk, chosen, rejected) if isinstance(part, list)))
-    return {"image": image, **said}
-
-
 def trl(raw):
-    """TRL's messages or plain texts, mDPO's and LLaMA-Factory's: the question in "prompt" or a conversation."""
+    """TRL's messages or plain texts, mDPO's and LLaMA-Factory's. The question is in "prompt" or a conversation, or the
+    common beginning of both answers.
+    """
     talk = raw.get("prompt", raw.get("conversations", raw.get("messages")))
-    return talked(raw, talk, raw.get("chosen"), raw.get("rejected"))
+    said, heads = {}, []
+    for name in ("chosen", "rejected"):
+        answer = raw.get(name)
+        if isinstance(answer, (list, dict)):
+            *head, (_, answer) = turns_of(answer, name)
+            heads += [head] * bool(head)
+        said[name] = answer
+    if isinstance(talk, list):
+        heads.append(turns_of(talk, "prompt"))
+    if heads[1:] and heads[0] != heads[1]:
+        raise BadRecord(*SEVERAL_TURNS)
+    said["question"] = asked(heads[0]) if heads else texts({"prompt": talk}, "prompt")[0]
+    talks = [value for value in (talk, raw.get("chosen"), raw.get("rejected")) if isinstance(value, list)]
+    return {"image": image_in(raw, *talks), **preference(said)}
 
 
 def swift(raw):
@@ -165,7 +159,7 @@ def swift(raw):
     if raw.get("rejected_images"):
         raise BadRecord("image preference", "'rejected_images' prefers an image, not an answer. Delete the record")
     talk = raw["messages"] if isinstance(raw["messages"], list) else []
-    return talked(raw, talk[:-1], talk[-1:], texts(raw, "rejected_response")[0])
+    return trl(raw | {"prompt": talk[:-1], "chosen": talk[-1:], "rejected": raw["rejected_response"]})
 
 
 def r1v(raw):
@@ -190,11 +184,11 @@ def rlhf_v(raw):
 
 def conversation(raw, field="conversations", paired=False):
     """LLaVA-mix, of which many entries have no image, and POVID, which holds a rejected conversation too."""
-    image = image_in(raw, raw[field])
-    question, chosen, later = first_turn(raw[field], field)
+    image = image_in(raw, raw[field] if isinstance(raw[field], list) else [])
+    question, chosen, later = first_turn(raw, field)
     record = {"image": image, "question": question, "chosen": chosen, "later_turns": later}
     if paired:
-        again, record["rejected"], _ = first_turn(raw["rejected_conversations"], "rejected_conversations")
+        again, record["rejected"], _ = first_turn(raw, "rejected_conversations")
         if again != question:
             raise BadRecord("two questions", "its conversations ask different questions. Delete the record")
     return record
