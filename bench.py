@@ -2,14 +2,13 @@
 What a run will need, computed before anything is rented; and how fast a step of that size is.
 
     python bench.py plan --model 7b --gpus 8         LLaVA-1.5-7B, all weights trained, on 8 GPUs
-    python bench.py plan --model 7b --gpus 1 --lora_rank 64 --per_gpu 4 --recompute False
     python bench.py step --model 7b --lora_rank 64   an MFPO step with random weights; also under torchrun
 
 plan   memory of one GPU in GB, part by part, FLOPs a record and records a second, for both methods
 step   seconds, records and tokens a second, utilisation of the device's own matrix rate, peak memory
 
-Parameters are counted on the model itself, built without memory. The rest are formulas, each written where it
-is used; allocator slack, NCCL buffers and kernels' workspace come on top (plan for a tenth more).
+Parameters are counted on the model itself, built without memory. The rest are formulas; allocator slack, NCCL
+buffers and kernels' workspace come on top (plan for a tenth more).
 """
 
 import functools
@@ -49,8 +48,8 @@ class Config:
     def __post_init__(self):
         if self.question < 10:
             raise Mistake(f"--question {self.question}: a prompt has 10 tokens at least")
-        numbers = [name for name, value in vars(self).items() if type(value) is int and name != "lora_rank"]
-        runtime.check(self, positive=" ".join(numbers), not_negative="lora_rank")
+        positive = "per_gpu question answer gpus group repeats"
+        runtime.check(self, positive=positive, not_negative="lora_rank")
 
 
 @dataclass
@@ -62,7 +61,6 @@ class PlanConfig(Config):
 @dataclass
 class StepConfig(Config):
     repeats: int = knob(7, "steps that count")
-    profile: bool = knob(False, "also print which operations take the time")
 
 
 def llava(name):
@@ -91,12 +89,12 @@ def counted(architecture, lora_rank):
 
 
 def plan(config):
-    """What a PlanConfig needs: parameters by part, as `counted` has them, and for each method {"memory": {part:
-    bytes of one GPU}, "flops": of a record or group, "per_s": records or groups on all GPUs}.
+    """What a PlanConfig needs: `counted`, and for each method {"memory": {part: bytes of a GPU}, "flops": of
+    a record or group, "per_s": records or groups on all GPUs}.
     """
     architecture = llava(config.model)
     text, vision = architecture.text_config, architecture.vision_config
-    width, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
+    width, layers = text.hidden_size, text.num_hidden_layers
     size, sharded, count = counted(architecture, config.lora_rank), config.gpus > 1, config.per_gpu
     patches = (vision.image_size // vision.patch_size) ** 2
     prefix, said = patches + config.question, config.group * SAMPLED
@@ -128,7 +126,7 @@ def plan(config):
         layer = 2 * count * most * (8 * width + 3 * text.intermediate_size)
         memory = state | {
             "activations": inputs + layer if config.recompute else layers * layer,
-            "logits": 3 * 4 * count * answers * vocabulary,  # float32: they, their log-softmax, the gradient
+            "logits": 3 * 4 * count * answers * text.vocab_size,  # float32: they, log-softmax, the gradient
             "mask": count * rows * length**2 * (1 + 2),  # bool, and as numbers inside attention
         }
         # 2 FLOPs a weight and token forward, twice that backward (of frozen weights the half that leads to
@@ -150,6 +148,7 @@ def plan(config):
 
 
 def print_plan(config):
+    """The table of `bench.py plan`."""
     size, plans = plan(config)
     rank = config.lora_rank
     what = f"adapters of rank {rank}" if rank else "all weights but the vision tower's"
@@ -198,9 +197,9 @@ def random_pairs(policy, count, question, answer, seed=0):
     def words(number):  # token ids of no special meaning
         return rng.integers(vocabulary // 2, vocabulary, number).tolist()
 
+    image = [policy.image_id] * policy.encoding.image_tokens
     for _ in range(count):
-        prefix = words(5) + [policy.image_id] * policy.encoding.image_tokens + words(question - 5)
-        chosen = words(answer)
+        prefix, chosen = words(5) + image + words(question - 5), words(answer)
         rows += [data.Row(prefix, [chosen, words(answer)]), data.Row(prefix, [chosen])]
     pixels = torch.rand(len(rows), 3, policy.image_size, policy.image_size)
     return data.pack(rows, pixels).to(policy.mean.device)
@@ -216,7 +215,7 @@ def descend(policy, optimizer):
 
 
 def mfpo_step(policy, optimizer, packed):
-    """A step of train_mfpo.py on one batch. Its time does not depend on the reference's numbers."""
+    """A step of train_mfpo.py on one batch; any numbers do for the reference."""
     logp = policy.logps(packed).sum(1).view(-1, 3)
     train_mfpo.mfpo(logp, logp.detach() - 1, train_mfpo.Config())[0].mean().backward()
     descend(policy, optimizer)
@@ -253,6 +252,7 @@ def flops_of(work, *args):
 
 
 def time_step(config):
+    """What `bench.py step` prints, of steps on this machine."""
     device, ranks, count = runtime.start(), runtime.world(), config.per_gpu
     policy = random_policy(llava(config.model), device, config.lora_rank, config.recompute)
     packed = random_pairs(policy, count, config.question, config.answer, runtime.rank())
@@ -269,18 +269,14 @@ def time_step(config):
         f"{flops / took / 1e12:.3g} TFLOP/s each of {rate / 1e12:.3g} in plain matrix products: "
         f"{100 * flops / took / rate:.1f} % utilisation; peak memory {runtime.memory_gb():.1f} GB"
     )
-    if config.profile:  # all ranks step, one prints
-        with torch.profiler.profile() as profiler:
-            step()
-        order = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
-        runtime.say(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
 
 
-MOVED = {name: f"python bench.py {name[2:]}" for name in ("--plan", "--step")}
+MOVED = {f"--{name}": f"python bench.py {name}" for name in ("plan", "step")}
 MOVED["--speed"] = "python -m extras.contest"
 
 
 def main():
+    """Read which of the two is asked for, and do it."""
     name, config = runtime.parse_command(__doc__, {"plan": PlanConfig, "step": StepConfig}, MOVED)
     print_plan(config) if name == "plan" else time_step(config)
 

@@ -1,6 +1,6 @@
 """
-What is around the making of a record: source records in, work that may be stopped, lines and images out. Builders
-and benchmarks use it; nothing here knows a method.
+What is around the making of a record: source records in, work that may be stopped, lines and images out.
+Builders and benchmarks use it; nothing here knows a method.
 """
 
 import hashlib
@@ -85,9 +85,9 @@ def cut_boxes(record, size):
 
 
 def read_source(config, check):
-    """The usable records of config.source, on all ranks, their images named from the folder of config.out. A bad
-    one, or one whose image cannot be read, is a Mistake naming file, line and remedy, or with `skip_bad` dropped and
-    counted by reason. With config.records so many, drawn by the seed.
+    """The usable records of config.source, on all ranks, their images named from the folder of `out`; with
+    config.records so many, drawn by the seed. A bad one, or one with a bad image, is a Mistake naming file,
+    line and remedy, or with `skip_bad` dropped and counted by reason.
     """
     source, out, cuts = Path(config.source), Path(config.out), []
 
@@ -126,7 +126,7 @@ def read_source(config, check):
 
 
 def bring(name, folder, out):
-    """An image's name in the folder of the file `out`: its own if it lies there, else that of a link or a copy."""
+    """An image's name in the folder of the file `out`: its own or that of a link or a copy."""
     folder, home = folder.resolve(), out.parent.resolve()
     if folder.is_relative_to(home):
         return (folder.relative_to(home) / name).as_posix()
@@ -156,7 +156,7 @@ def parts_of(out, policy, config):
 def in_parts(parts, name, title, records, batch, work):
     """work(records of a batch) -> one line (a dict) a record; returns all lines, in order. All ranks call it.
 
-    Each rank writes what it has done to a file of its own in the folder `parts`, each line under its record's key. So
+    Each rank writes what it has done to a file of its own in the folder `parts`, under the record's key. So
     work that was stopped goes on with what is left, whatever batch, processes and other records are now.
     """
     keys = [key_of(record) for record in records]
@@ -189,17 +189,17 @@ def in_parts(parts, name, title, records, batch, work):
 
 
 def save_image(image, folder, record, parts):
-    """Write an image (H, W, 3) uint8 made of a record, under the parts' mark and its key; returns its name."""
+    """Write an image (H, W, 3) uint8 made of a record; returns its name, of the parts' mark and the key."""
     folder.mkdir(exist_ok=True)
     name = f"{parts.name[-16:]}-{key_of(record)}.png"
-    aside = folder / f"{name}.tmp"  # a kill must not leave half of an image that an older build's records name
+    aside = folder / f"{name}.tmp"  # no kill leaves half of an image that an older build's records name
     Image.fromarray(image).save(aside, "PNG")
     aside.replace(folder / name)
     return f"{folder.name}/{name}"
 
 
 def publish(files, folder, parts):
-    """Write {path: rows}; then delete the parts, and in `folder` what no row and no other unfinished build names."""
+    """Write {path: rows}, then delete the parts, and images that no row and no unfinished build names."""
     for path, rows in files.items():
         runtime.write_jsonl(path, rows)
     names = {str(value) for rows in files.values() for row in rows for value in row.values()}

@@ -184,7 +184,7 @@ def rlhf_v(raw):
 
 def conversation(raw, field="conversations", paired=False):
     """LLaVA-mix, of which many entries have no image, and POVID, which holds a rejected conversation too."""
-    image = image_in(raw, raw[field] if isinstance(raw[field], list) else [])
+    image = image_in(raw, raw.get(field) if isinstance(raw.get(field), list) else [])
     question, chosen, later = first_turn(raw, field)
     record = {"image": image, "question": question, "chosen": chosen, "later_turns": later}
     if paired:

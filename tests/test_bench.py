@@ -68,12 +68,11 @@ def test_flops_are_counted():
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_a_step_of_a_models_size(base, lora_rank, monkeypatch, capsys):
-    flags = ["--model", base, *STEP, "--lora_rank", lora_rank, "--profile", "True"]
+    flags = ["--model", base, *STEP, "--lora_rank", lora_rank]
     assert run_here(monkeypatch, bench, "step", *flags) == 0
     text = capsys.readouterr().out
     assert f"{base} on 1 cpu, 2 pairs each, {TOKENS} tokens" in text
     assert 0 < float(re.search(r"([\d.]+) % utilisation", text)[1]) < 150
-    assert "aten::" in text and "Self CPU" in text  # the profile
 
 
 def test_a_step_of_two_processes(base, tmp_path):
