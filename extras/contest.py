@@ -81,10 +81,10 @@ def made_up(folder, policy, count, words):
         return " ".join(rng.choice(known, rng.integers(low, high + 1)))
 
     for i in range(count):
-        record = {"id": str(i), "image": f"{i}.png", "image_rejected": f"{i}_noised.png"}
-        for name in (record["image"], record["image_rejected"]):
-            Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(folder / name)
-        record |= {"question": text(10, 30), "kind": "word", "answer": "cup"}
+        record = {"id": str(i), "question": text(10, 30), "kind": "word", "answer": "cup"}
+        for name in ("image", "image_rejected"):
+            record[name] = f"{i}_{name}.png"
+            Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(folder / record[name])
         records.append(record | {name: text(words // 2, words) for name in ("chosen", "rejected")})
     return records
 
@@ -269,9 +269,8 @@ def peak_bytes(device, work, *args):
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler would print that it starts and stops
     with torch.profiler.profile(profile_memory=True) as profiler:
         work(*args)
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return int(np.cumsum([event.nbytes() for event in events]).max(initial=0))
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return int(np.cumsum([e.nbytes() for e in events if e.name() == "[memory]"]).max(initial=0))
 
 
 def compete(world, contest, steps, rate):
@@ -308,6 +307,7 @@ def compete(world, contest, steps, rate):
 
 
 def main():
+    """Hold all contests, a line a contender."""
     config = runtime.parse_config(Config, description=__doc__)
     with tempfile.TemporaryDirectory() as folder:
         world = World(config, Path(folder))
