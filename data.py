@@ -69,13 +69,15 @@ def parsed(text):
 
 
 def whole(text):
-    """The items of a text that is not a record a line: of a JSON list, of a dict with one list in it, or objects over
-    several lines. A BadRecord where it is none of these.
+    """The items of a text that is not a record a line: of a JSON list, of a dict with one list in it, of a dict of
+    objects by id, or objects over several lines. A BadRecord where it is none of these.
     """
     text = text.strip()
     items = parsed(text if text[:1] == "[" else "[" + re.sub(r"\}\s*\n\s*\{", "},{", text) + "]")
     if isinstance(items, list) and len(items) == 1 and isinstance(items[0], dict):
         lists = [value for value in items[0].values() if isinstance(value, list)]
+        if items[0] and all(isinstance(value, dict) for value in items[0].values()):
+            return [{"id": key} | value for key, value in items[0].items()]
         items = lists[0] if len(lists) == len(items[0]) == 1 else items
     return items
 
@@ -91,7 +93,8 @@ def read_json(path):
         start = next((line for line in file if line.strip()), "").strip()
         file.seek(0)
         one = parsed(start)
-        if not isinstance(one, dict) or [type(value) for value in one.values()] == [list]:  # else a record a line
+        kinds = {type(value) for value in one.values()} if isinstance(one, dict) else set()
+        if kinds in (set(), {dict}) or (kinds == {list} and len(one) == 1):  # else a record a line
             items = whole(file.read())
             file.seek(0)
             if isinstance(items, list) or start[:1] == "[":

@@ -10,6 +10,7 @@ Answers -> scores of public benchmarks. With --model M, questions -> answers fir
     closed   --questions q.jsonl                         closed-ended, by kind and category; MME's score
     amber    --annotations a.json --questions q.json     its yes/no part: arXiv:2311.07397
     mmhal    --judged j.json --judge NAME                a judge's scores: MMHal-Bench, arXiv:2309.14525
+    llavabench, mmvet  the same                          reviews of LLaVA-Bench; grades of MM-Vet, arXiv:2308.02490
 """
 
 import json
@@ -67,16 +68,16 @@ class Config:
 
 
 def id_of(record):
-    """A record's id, as text, under one of the names that benchmarks have for it."""
-    value = record.get("question_id", record.get("id"))
+    """A record's id, as text, under one of the names that benchmarks have for it (COCO's results: image_id)."""
+    value = record.get("question_id", record.get("id", record.get("image_id")))
     if type(value) not in (str, int) or not str(value).strip():
         raise BadRecord("no id", "has no 'question_id' or 'id' that is a text or a whole number. Add it")
     return str(value)
 
 
 def answer_of(record):
-    """The answer in a line: "answer" (POPE), "response" (AMBER) or, where neither is, "text" (LLaVA)."""
-    name = next((name for name in ("answer", "response", "text") if name in record), None)
+    """The answer in a line: "answer" (POPE), "response" (AMBER), "caption" (COCO) or, else, "text" (LLaVA)."""
+    name = next((name for name in ("answer", "response", "caption", "text") if name in record), None)
     if not isinstance(record.get(name), str):
         raise BadRecord("no answer", "has no 'answer' that is a text (it may be empty). Add it")
     if name == "text" and "label" in record:
@@ -93,18 +94,20 @@ def one_of(name, value, allowed, title=""):
         raise BadRecord(f"{name!r} unusable", message)
 
 
-def read(flag, path, config, check):
-    """{id: record} of a JSONL file or JSON list. One that check(record) refuses, or whose image a model would see and
-    is damaged, is a Mistake naming its line, or with --skip_bad dropped and counted.
+def read(flag, path, config, check, order=()):
+    """{id: record} of a file. One that check(record) refuses, or whose image a model would see and is damaged, is a
+    Mistake naming its line, or with --skip_bad dropped and counted. Records that have a question and no id, as POPE's
+    own scripts write answers, take those in `order`.
     """
     if not path:
         raise Mistake(f"--{flag} is needed: name the file")
     records, dropped = {}, Counter()
-    for where, record in data.read_json(path):
+    for number, (where, record) in enumerate(data.read_json(path)):
         try:
             data.check(record, {})
             check(record)
-            key = id_of(record)
+            bare = "question" in record and number < len(order) and not {"question_id", "id", "image_id"} & set(record)
+            key = order[number] if bare else id_of(record)
             if key in records:
                 raise BadRecord("id used twice", f"id {key!r} was used before. Rename or delete the record")
             if config.model and flag in ("questions", "objects"):
@@ -124,7 +127,7 @@ def read(flag, path, config, check):
 
 def match(items, path, config, others=()):
     """[(item, answer)] in the order of the items; `others` may be answered too, and do not count."""
-    answers = read("answers", path, config, answer_of)
+    answers = read("answers", path, config, answer_of, list(items))
     extra = [key for key in answers if key not in items and key not in others]
     missing = [key for key in items if key not in answers]
     if len(missing) == len(items):
@@ -135,6 +138,13 @@ def match(items, path, config, others=()):
             raise Mistake(f"{path}: id {keys[0]!r} {fault} ({len(keys)} such). {remedy}")
         if keys:
             print(f"{path}: {len(keys)} left out, as id {keys[0]!r}, which {fault}")
+    for key, item in items.items():
+        asked = [
+            " ".join(str(v).split())
+            for v in (item.get("text", item.get("question")), answers.get(key, {}).get("question"))
+        ]
+        if "None" not in asked and asked[0] not in asked[1]:
+            raise Mistake(f"{path}: id {key!r} answers {asked[1]!r}, not {asked[0]!r}. Name this benchmark's answers")
     return [(item, answer_of(answers[key])) for key, item in items.items() if key in answers]
 
 
@@ -154,8 +164,16 @@ JOINED = {" ".join(pair.split()): " ".join(pair.split()) for pair in DOUBLE_WORD
 for _animal in "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split():
     JOINED |= {f"baby {_animal}": _animal, f"adult {_animal}": _animal}
 JOINED |= {"passenger jet": "jet", "passenger train": "train", "bow tie": "tie", "toilet seat": "toilet"}
-IRREGULAR = {"people": "person", "mice": "mouse", "geese": "goose", "oxen": "ox", "busses": "bus"}
-ENDINGS = [pair.split("/") for pair in "men/man children/child s/ es/ ies/y ves/f ves/fe".split()]
+IRREGULAR = {"person": "people", "mouse": "mice", "goose": "geese", "ox": "oxen", "bus": "busses"}
+
+
+def plurals(word):
+    """The plurals of a word, by the rules of spelling: "ski" has "skis", and "skies" is none of its."""
+    forms = [f"{word[:-1]}ies"] if re.search("[^aeiou]y$", word) else [f"{word}s"]
+    forms = [f"{word}es"] if re.search("(s|x|z|ch|sh)$", word) else forms
+    forms += [f"{word}es"] * word.endswith("o") + [re.sub("fe?$", "ves", word)] * word.endswith(("f", "fe"))
+    forms += [f"{word[:-3]}men"] * word.endswith("man") + [f"{word}ren"] * word.endswith("child")
+    return forms + ([IRREGULAR[word]] if word in IRREGULAR else [])
 
 
 @cache  # a file is read once
@@ -166,7 +184,7 @@ class Objects:
     path   that file: a class a line, first the class, then its synonyms, with commas
 
     The script of 2018 makes words singular with pattern.en, which loses "bus" ("bu") and "ties" ("ty"); they count
-    here. Its tokenizer leaves "cat/dog" one word; here it is two. A hyphen joins words, as there.
+    here. Its tokenizer leaves "cat/dog" one word; here it is two. Hyphen and apostrophe join words, as there.
     """
 
     def __init__(self, path):
@@ -177,27 +195,23 @@ class Objects:
             words = [" ".join(word.lower().split()) for word in line.split(",") if word.strip()]
             for word in words:
                 self.class_of.setdefault(word, words[0])
-        self.known = set(self.class_of) | {word for pair in JOINED for word in pair.split()}
-
-    def singular(self, word):
-        """The word without its plural, if that is a word of the table or of a double word; else as it is."""
-        guesses, kind = [IRREGULAR.get(word)], self.class_of.get(word)
-        guesses += [word.removesuffix(end) + new for end, new in ENDINGS if word.endswith(end)]
-        for guess in guesses:  # "skis" is a class, and "ski" is in its line: the same word twice
-            alike = kind and self.class_of.get(guess) == kind
-            if guess in self.known and (alike or word not in self.known):
-                return guess
-        return word
+        known = set(self.class_of) | {word for pair in JOINED for word in pair.split()}
+        self.singular_of = {form: word for word in sorted(known) for form in plurals(word)}
+        for word in known & set(self.singular_of):  # "skis" is a class, and "ski" is in its line: the same word twice
+            if self.class_of.get(word) != self.class_of.get(self.singular_of[word]) or word not in self.class_of:
+                del self.singular_of[word]
 
     def mentions(self, text):
         """[(word, class)] in the order of the text, repeats kept."""
-        text = re.sub(r"['’]s\b", "", text.lower())
-        words = [self.singular(word) for word in re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text)]
-        joined = []
-        while words:
-            pair = " ".join(words[:2])
-            joined.append(JOINED.get(pair, words[0]))
-            del words[: 2 if pair in JOINED else 1]
+        text = re.sub(r"['\u2019]s\b", "", text.lower())
+        tokens = list(re.finditer(r"[a-z0-9]+(?:['\u2019-][a-z0-9]+)*", text))
+        words = [self.singular_of.get(match[0], match[0]) for match in tokens]
+        joined, i = [], 0
+        while i < len(words):
+            pair = " ".join(words[i : i + 2])
+            pair = pair if text[tokens[i].end() : tokens[min(i + 1, len(tokens) - 1)].start()].isspace() else ""
+            joined.append(JOINED.get(pair, words[i]))
+            i += 2 if pair in JOINED else 1
         if "toilet" in joined:
             joined = [word for word in joined if word != "seat"]
         return [(word, self.class_of[word]) for word in joined if word in self.class_of]
@@ -274,12 +288,10 @@ def check_closed(record, config):
 
 
 def mme_answer(text):
-    """MME's reading of a yes/no answer: "yes", "no" or, of anything else, "". A short y or n will do, else the
-    first word says. (Its script looks into the first four letters, so that it takes "know" and "not" for no.)
+    """MME's own reading of a yes/no answer: what the first four letters hold, so that it takes "know" and "not" for no;
+    "" where they hold neither.
     """
-    words = text.lower().replace(".", "").split() or [""]
-    first = {"y": "yes", "n": "no"}.get(" ".join(words), words[0].strip(",;:!"))
-    return first if first in ("yes", "no") else ""
+    return next((word for word in ("yes", "no") if word in text.lower()[:4]), "")
 
 
 def letter(text, choices):
@@ -405,6 +417,51 @@ def mmhal(config, items, path):
     return tables.Counts(by_image(counted), metrics, notes, ("items", "hallucinated"), "questions")
 
 
+def check_text(record, config):
+    """BadRecord unless it is a question of LLaVA-Bench ("text") or MM-Vet ("question", "imagename")."""
+    record |= {"image": record.get("image", record.get("imagename"))}
+    record |= {"question": record.get("text", record.get("question"))}
+    data.check(record, {"image": str, "question": str})
+
+
+def judged(config, path, read_one):
+    """Counts of a judge's file, of all and by kind: read_one(record) -> kinds, what was won, of how much."""
+    if not path or not config.judge:
+        raise Mistake("--judged and --judge are needed: its file, its name. Scores of two judges differ")
+    counted, metrics = [], {}
+    for where, record in data.read_json(path):
+        try:
+            kinds, won, most = read_one(record)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise Mistake(f"{where}: no review of this benchmark ({str(error)[:60]}). Judge it again") from None
+        row = {f"{kind}{name}": value for kind in ("", *kinds) for name, value in (("won", won), ("of", most))}
+        counted.append((where, row))
+        metrics |= {f"{kind}score": (f"{kind} score".strip(), (f"{kind}won", f"{kind}of")) for kind in ("", *kinds)}
+    return tables.Counts(by_image(counted), metrics, [f"judge: {config.judge}"], unit="questions")
+
+
+def llavabench(config, items, path):
+    """LLaVA-Bench: a review's first line holds two scores, the reference's and the model's, as "8 7" or "9,8"; the
+    relative score is 100 x mean second / mean first, of all and by category.
+    """
+
+    def read_one(review):
+        first, second = re.findall(r"[0-9.]+", review["content"].strip().split("\n")[0])
+        return [review["category"]] if review.get("category") else [], 100 * float(second), float(first)
+
+    return judged(config, path, read_one)
+
+
+def mmvet(config, items, path):
+    """MM-Vet: the mean of its grader's scores (0 to 1) x 100, of all and by capability where --questions tells them."""
+
+    def read_one(grade):
+        score = grade["score"][-1] if isinstance(grade["score"], list) else grade["score"]
+        return items.get(id_of(grade), {}).get("capability", []), 100 * float(score), 1
+
+    return judged(config, path, read_one)
+
+
 def answer_line(item, text):
     """POPE's form, and ours."""
     name = "question_id" if "question_id" in item else "id"
@@ -413,14 +470,19 @@ def answer_line(item, text):
 
 def amber_line(item, text):
     """Of the response file: Yes or No where that was asked; what says neither stays, and counts as wrong."""
-    says = {"yes", "no", "not"} & set(re.findall(r"\w+", text.lower()))
-    text = yes_or_no(text) if says and item["type"] in AMBER_PARTS else text
+    if item["type"] in AMBER_PARTS:
+        text = closed_answer(text, {"kind": "yesno"}) or text
     return {"id": item.get("question_id", item.get("id")), "response": text}
 
 
 def mmhal_line(item, text):
     """Of the file for the judge: the template's record, with the model's answer."""
     return {name: item[name] for name in item if name not in ("id", "image")} | {"model_answer": text}
+
+
+def review_line(item, text):
+    """Of LLaVA-Bench's answer file."""
+    return {"question_id": item.get("question_id"), "prompt": item["question"], "text": text}
 
 
 # flag: of the items' file; field, suffix: what is asked; tokens: at most; line(item, text): of --answers
@@ -435,7 +497,12 @@ BENCHMARKS = {
     "closed": Benchmark("questions", check_closed, closed, "question", "", 16, answer_line),
     "amber": Benchmark("annotations", check_amber, amber, "query", SHORT, 512, amber_line),
     "mmhal": Benchmark("questions", check_mmhal, mmhal, "question", "", 512, mmhal_line),
+    "llavabench": Benchmark("questions", check_text, llavabench, "question", "", 1024, review_line),
+    "mmvet": Benchmark("questions", check_text, mmvet, "question", "", 512, answer_line),
 }
+
+
+JUDGED = ("mmhal", "llavabench", "mmvet")
 
 
 def items_of(name, config):
@@ -481,7 +548,8 @@ def answer(name, config, items):
     if runtime.rank() > 0:
         return
     lines = [bench.line(item, said["answer"]) for item, said in zip(items.values(), answers, strict=True)]
-    if name in ("amber", "mmhal"):  # their files are one list
+    if name in ("amber", "mmhal", "mmvet"):  # their files are one list, or one object
+        lines = {line["id"]: line["answer"] for line in lines} if name == "mmvet" else lines
         runtime.write_text(out, json.dumps(lines, indent=1))
     else:
         runtime.write_jsonl(out, lines)
@@ -500,7 +568,7 @@ def report(name, config, items):
         text, numbers = tables.compare_table(*both, config.compare)
         numbers = {"compare": config.compare, "a_b_difference": numbers, "settings": settings}
     else:
-        counts = bench.score(config, items, config.judged if name == "mmhal" else config.answers)
+        counts = bench.score(config, items, config.judged if name in JUDGED else config.answers)
         numbers = tables.summary(counts)
         text = tables.table(counts, {"": numbers})
         text += "\n" + ", ".join(f"{flag} {value}" for flag, value in settings.items() if value)
@@ -517,13 +585,13 @@ def main():
     """Read and check all files, answer if a model is named, score."""
     name, config = runtime.parse_command(__doc__, dict.fromkeys(BENCHMARKS, Config))
     runtime.start()
-    needed = name != "mmhal" or config.model  # a judge's answers are scored without the questions
+    needed = name not in JUDGED or config.model or config.questions  # a judge's answers are scored without them
     items = runtime.first_alone(lambda: items_of(name, config)) if needed else {}
     if config.model:
         config.max_new_tokens = config.max_new_tokens or BENCHMARKS[name].tokens
         answer(name, config, items)
-    if name == "mmhal" and config.model and not config.judged:
-        runtime.say(f"next: let a judge rate {config.answers}, then mmhal --judged <its file> --judge <name>")
+    if name in JUDGED and config.model and not config.judged:
+        runtime.say(f"next: let a judge rate {config.answers}, then {name} --judged <its file> --judge <name>")
     elif runtime.rank() == 0:
         report(name, config, items)
 

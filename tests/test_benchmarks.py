@@ -287,12 +287,13 @@ def test_yes_and_no_in_a_sentence(folder, monkeypatch):
     ("text", "said"),
     [
         ("Yes.", "yes"),
-        (" y ", "yes"),
-        ("N.", "no"),
+        ("YES", "yes"),
+        (" yes", "yes"),
+        ("y", ""),
         ("no, it is not", "no"),
-        ("Y or n", ""),
-        ("know", ""),
-        ("not", ""),
+        ("it is yes", ""),
+        ("know", "no"),  # by the script's letter
+        ("not", "no"),
         ("", ""),
     ],
 )
@@ -304,10 +305,10 @@ def test_mme_score_by_hand(folder, monkeypatch, capsys):
     cases = [
         (yesno("Yes", "1"), "yes.", 1),
         (yesno("No", "1"), "No, it is not.", 1),  # both right
-        (yesno("Yes", "2"), "Y", 1),
+        (yesno("Yes", "2"), "yes!", 1),
         (yesno("No", "2"), "Yes", 0),
         (yesno("Yes", "3", "count"), "", 0),
-        (yesno("No", "3", "count"), "n", 1),
+        (yesno("No", "3", "count"), "No", 1),
     ]
     out = score(monkeypatch, folder, "closed", **closed_files(folder, cases))
     # existence: 3 of 4 right, 1 of 2 images; count: 1 of 2, 0 of 1.
@@ -323,7 +324,7 @@ def test_half_of_mme_is_no_score(folder, monkeypatch, capsys):
 def test_closed_ended_answers_by_kind(folder, monkeypatch):
     number = {"image": "1.png", "question": "Q", "kind": "number", "answer": "2", "choices": []}
     word = {"image": "1.png", "question": "Q", "kind": "word", "answer": "red", "choices": ["red", "blue"]}
-    cases = [(number, "2 cups", 1), (number, "two", 0), (word, "Red.", 1), (word, "red or blue", 0)]
+    cases = [(number, "2 cups", 1), (number, "two or three", 0), (word, "Red.", 1), (word, "red or blue", 0)]
     out = score(monkeypatch, folder, "closed", **closed_files(folder, [*cases, (choice(), "B", 1)]))
     assert (out["accuracy"], out["number"], out["word"], out["choice"], out["unread"]) == (3 / 5, 0.5, 0.5, 1, 2)
 
@@ -471,7 +472,7 @@ def test_mistakes_in_files_of_answers(folder, monkeypatch, capsys, file, line, m
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["bleu"], "what to do first: chair | objhal | pope | closed | amber | mmhal, got 'bleu'"),
+        (["bleu"], "what to do first: chair | objhal | pope | closed | amber | mmhal | llavabench | mmvet; got bleu"),
         ([], "what to do first: chair | objhal"),
         (["pope"], "--answers is needed"),
         (["pope", "--answers", "a.jsonl"], "--questions is needed: name the file"),
@@ -741,3 +742,70 @@ def test_two_processes_answer_as_one(small, folder, asked, monkeypatch):
     assert finished(children) == [0, 0], log.read_text()
     assert run_here(monkeypatch, benchmarks, *answer(small, asked, "chair", one)) == 0
     assert two.read_text() == one.read_text() and log.read_text().count("wrote") == 1
+
+
+# --------------------------------------------------------------------------------- LLaVA-Bench, MM-Vet, other forms
+
+
+def test_llavabench_and_mmvet_by_hand(folder, monkeypatch, capsys):
+    reviews = [("conv", "8 7\nThe first ..."), ("conv", "9,8"), ("detail", " 10 5 ")]
+    lines = [{"question_id": n, "category": kind, "content": text} for n, (kind, text) in enumerate(reviews)]
+    (folder / "j.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = score(monkeypatch, folder, "llavabench", judged=folder / "j.jsonl", judge="x")
+    assert out["score"] == pytest.approx(100 * 20 / 27) and out["convscore"] == pytest.approx(100 * 15 / 17)
+    assert out["detailscore"] == 50
+    (folder / "q.json").write_text(
+        json.dumps(
+            {
+                "v1_0": {"imagename": "0.png", "question": "Q", "capability": ["ocr"]},
+                "v1_1": {"imagename": "1.png", "question": "R", "capability": ["ocr", "rec"]},
+            }
+        )
+    )
+    (folder / "g.json").write_text(json.dumps({"v1_0": {"score": [0.5]}, "v1_1": {"score": [1.0]}}))
+    out = score(monkeypatch, folder, "mmvet", judged=folder / "g.json", judge="x", questions=folder / "q.json")
+    assert (out["score"], out["ocrscore"], out["recscore"]) == (75, 75, 100)
+    (folder / "g.json").write_text(json.dumps({"v1_0": {"model": "x"}}))
+    assert "no review" in refused(
+        monkeypatch, capsys, benchmarks, "mmvet", "--judged", folder / "g.json", "--judge", "x"
+    )
+
+
+@pytest.mark.parametrize("said", ["NO", "No!", "**No**", '"No"', "No:", "no.", "(No)", "The answer is no."])
+def test_a_no_for_amber_is_written_as_its_script_reads_it(said):
+    item = {"id": 1, "type": "discriminative-relation"}
+    assert benchmarks.amber_line(item, said) == {"id": 1, "response": "No"}
+
+
+def test_words_as_chair_means_them(folder):
+    """Not one word of these is of the table (skies are no skis; no pairs over a stop)."""
+    (folder / "s.txt").write_text(
+        "person, man, baby\ncar\nskis, ski\nclock\nhot dog\ndog\nwine glass\nelephant\ntie\nbus\n"
+    )
+    objects = benchmarks.Objects(str(folder / "s.txt"))
+    for text in ("blue skies", "long manes", "nobody cares", "three o'clock", "the weather is hot", "wine, glasses"):
+        assert objects.mentions(text) == [], text
+    assert [kind for _, kind in objects.mentions("It is hot. Dogs rest")] == ["dog"]
+    assert [kind for _, kind in objects.mentions("a baby. Elephants walk")] == ["person", "elephant"]
+    assert [kind for _, kind in objects.mentions("hot dogs, two wine glasses, buses, skis and ties")] == [
+        "hot dog",
+        "wine glass",
+        "bus",
+        "skis",
+        "tie",
+    ]
+
+
+def test_answers_to_other_questions_are_refused(folder, monkeypatch, capsys):
+    asked = [
+        {"question_id": n, "image": "0.png", "text": f"Is there a {w}?", "label": "yes"}
+        for n, w in enumerate(("box", "cup"))
+    ]
+    (folder / "q.json").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    official = [{"question": line["text"], "answer": "Yes"} for line in asked]  # POPE's own scripts write no ids
+    (folder / "a.json").write_text("".join(json.dumps(line) + "\n" for line in official))
+    assert score(monkeypatch, folder, "pope", answers=folder / "a.json", questions=folder / "q.json")["accuracy"] == 1
+    other = [{"question_id": n, "question": "Is there a car?", "answer": "Yes"} for n in range(2)]
+    (folder / "b.json").write_text("".join(json.dumps(line) + "\n" for line in other))
+    args = ("pope", "--answers", folder / "b.json", "--questions", folder / "q.json")
+    assert "answers 'Is there a car?', not 'Is there a box?'" in refused(monkeypatch, capsys, benchmarks, *args)
