@@ -595,7 +595,8 @@ def build_mbpo(config):
         if not good:
             runtime.write_jsonl(gone, bad)
             parts.discard(here)
-            remedy = f"Look at {gone.name}, change --eps, --attack or --max_new_tokens"
+            remedy = f"Look at {gone.name}, change --eps, --attack or --max_new_tokens {config.max_new_tokens}"
+            remedy = f"Raise --max_new_tokens {config.max_new_tokens}" if set(reasons) == {"too long"} else remedy
             raise Mistake(f"{config.source}: no mined answer can be used; dropped: {drops}. {remedy}")
         if config.questions and all("own_answer" in record for record in records):  # of the built-in world
             asked = toy.closed_questions(records, config.questions, np.random.default_rng([config.seed, 5]))

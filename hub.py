@@ -61,6 +61,9 @@ def read_config(path, folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise Mistake(f"--model {path}: no model's folder ({str(error).split(chr(10))[0][:100]}). Check it") from None
+    if config.to_dict().get("mm_projector_type") or "LlavaLlamaForCausalLM" in (config.architectures or []):
+        remedy = "Name the hub's conversion, llava-hf/llava-1.5-7b-hf or -13b-hf"
+        raise Mistake(f"--model {path}: is in the layout of LLaVA's own code, without a vision tower. {remedy}")
     if config.model_type != "llava":
         raise Mistake(f"--model {path}: is a {config.model_type!r}; this project trains 'llava' models (LLaVA-1.5)")
     parts = [config.vision_config.model_type, config.text_config.model_type, config.vision_feature_select_strategy]
@@ -69,8 +72,9 @@ def read_config(path, folder):
         need = "only of clip_vision_model, llama, default, one layer, as LLaVA-1.5 is, are trained here"
         raise Mistake(f"--model {path}: a LLaVA of {', '.join(parts)}, features of layer {layer}; {need}")
     if not list(folder.glob("*.safetensors")):
-        remedy = "If you trust it, read it with transformers, and save model and processor elsewhere"
-        raise Mistake(f"--model {path}: holds no .safetensors. A pickle can run code. {remedy}")
+        read = f"from transformers import AutoModelForImageTextToText as M; M.from_pretrained('{path}')"
+        remedy = f"If you trust it: python -c \"{read}.save_pretrained('{path}')\""
+        raise Mistake(f"--model {path}: only a pickle, which can run code. {remedy}")
     return config
 
 

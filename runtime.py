@@ -107,12 +107,19 @@ def parse_command(doc, commands, moved=()):
 
 def run(main):
     """Run a script's `main`, then leave the process group. A Mistake, or trouble outside (OSError: a full disk),
-    is told in one line with exit code 2; anything else is our bug and keeps its traceback, exit code 1.
+    is told in one line of at most 300 characters with exit code 2; anything else is our bug and keeps its traceback,
+    exit code 1. A reader that closes our pipe (`| head`) has seen enough.
     """
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (Mistake, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        text = " ".join(str(error).split())
+        text = text if len(text) <= 290 else f"{text[:150]} ... {text[-130:]}"  # the remedy stands at the end
+        print(f"error: {text}", file=sys.stderr, flush=True)
         sys.exit(2)
     except (Exception, dcp.CheckpointException):  # torch's CheckpointException is not an Exception
         # Told before the process group is left, which makes the other ranks fail and speak.

@@ -47,7 +47,9 @@ class Config:
     questions: str = knob("", "the benchmark's own file of questions; mmhal: needed only to answer them")
     objects: str = knob("", "chair, objhal: {id, objects, captions} a line; to answer: image, question too")
     synonyms: str = knob("", "chair, objhal: CHAIR's synonym file, a class a line")
-    annotations: str = knob("", "amber: its annotations.json")
+    annotations: str = knob(
+        "", "amber: its annotations.json; chair: COCO's captions, where --objects are its instances"
+    )
     judged: str = knob("", "mmhal: the judge's answers")
     judge: str = knob("", "mmhal: the judge's name: scores of different judges cannot be compared")
     compare: list[str] = field(default_factory=list, metadata={"help": "two files of answers, compared"})
@@ -226,6 +228,23 @@ def check_chair(record, config):
     record["objects"] = [" ".join(name.lower().split()) for name in record["objects"]]
     for name in record["objects"]:
         one_of("objects", name, Objects(config.synonyms).class_of, f"classes of {config.synonyms}")
+
+
+def of_coco(config, instances):
+    """{id: item} of COCO's instances_*.json, with captions_*.json as --annotations, of the images that are answered."""
+    names = {kind["id"]: kind["name"] for kind in instances["categories"]}
+    rows = {image["id"]: {"id": image["id"], "image": image["file_name"]} for image in instances["images"]}
+    rows = {key: row | {"objects": set(), "captions": []} for key, row in rows.items()}
+    for note in instances["annotations"]:
+        rows[note["image_id"]]["objects"].add(names[note["category_id"]])
+    for _, captions in data.read_json(config.annotations) if config.annotations else ():
+        for note in captions["annotations"]:
+            rows[note["image_id"]]["captions"].append(note["caption"])
+    answered = {id_of(record) for _, record in data.read_json(config.answers)}
+    items = {id_of(row): row | {"objects": sorted(row["objects"])} for row in rows.values() if id_of(row) in answered}
+    for item in items.values():
+        check_chair(item, config)
+    return items
 
 
 def chair(config, items, path, rates=False):
@@ -508,6 +527,10 @@ JUDGED = ("mmhal", "llavabench", "mmvet")
 def items_of(name, config):
     """{id: item} of a benchmark; AMBER's are its annotations, joined with its queries if these are named."""
     bench = BENCHMARKS[name]
+    if config.objects and bench.flag == "objects" and not config.model:
+        _, first = next(data.read_json(config.objects), (None, None))
+        if isinstance(first, dict) and {"images", "annotations", "categories"} <= set(first):
+            return of_coco(config, first)
     items = read(bench.flag, getattr(config, bench.flag), config, lambda item: bench.check(item, config))
     if name != "amber" or not (config.questions or config.model):
         return items

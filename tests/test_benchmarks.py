@@ -809,3 +809,20 @@ def test_answers_to_other_questions_are_refused(folder, monkeypatch, capsys):
     (folder / "b.json").write_text("".join(json.dumps(line) + "\n" for line in other))
     args = ("pope", "--answers", folder / "b.json", "--questions", folder / "q.json")
     assert "answers 'Is there a car?', not 'Is there a box?'" in refused(monkeypatch, capsys, benchmarks, *args)
+
+
+def test_chairs_truth_from_cocos_own_files(folder, monkeypatch):
+    (folder / "s.txt").write_text("dog\ncat\nbench\n")
+    images = [{"id": n, "file_name": f"COCO_{n}.jpg"} for n in (1, 2, 3)]
+    notes = [{"image_id": 1, "category_id": 7}, {"image_id": 1, "category_id": 7}, {"image_id": 2, "category_id": 9}]
+    kinds = [{"id": 7, "name": "dog"}, {"id": 9, "name": "cat"}]
+    (folder / "i.json").write_text(
+        json.dumps({"info": {}, "images": images, "annotations": notes, "categories": kinds})
+    )
+    captions = {"images": images, "annotations": [{"image_id": 2, "caption": "A cat on a bench."}]}
+    (folder / "c.json").write_text(json.dumps(captions))
+    said = [{"image_id": 1, "caption": "A dog and a bench."}, {"image_id": 2, "caption": "A bench."}]
+    (folder / "a.json").write_text(json.dumps(said))
+    files = {"answers": folder / "a.json", "objects": folder / "i.json", "synonyms": folder / "s.txt"}
+    out = score(monkeypatch, folder, "chair", **files, annotations=folder / "c.json")
+    assert (out["chair_s"], out["chair_i"], out["recall"]) == (0.5, pytest.approx(1 / 3), pytest.approx(2 / 3))
