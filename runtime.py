@@ -100,7 +100,7 @@ def parse_command(doc, commands, moved=()):
         print(f"{doc}\nEach of {', '.join(commands)} takes --help.")
         sys.exit(0)
     if not argv or argv[0] not in commands:
-        script, got = Path(sys.argv[0]).name, argv[0] if argv else "nothing"
+        script, got = Path(sys.argv[0]).name, repr(argv[0]) if argv else "nothing"
         raise Mistake(f"{script} needs what to do first: {' | '.join(commands)}; got {got}")
     return argv[0], parse_config(commands[argv[0]], argv[1:], doc)
 
