@@ -472,7 +472,7 @@ def test_mistakes_in_files_of_answers(folder, monkeypatch, capsys, file, line, m
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["bleu"], "what to do first: chair | objhal | pope | closed | amber | mmhal | llavabench | mmvet; got bleu"),
+        (["bleu"], "what to do first: chair | objhal | pope | closed | amber | mmhal | llavabench | mmvet; got 'bleu'"),
         ([], "what to do first: chair | objhal"),
         (["pope"], "--answers is needed"),
         (["pope", "--answers", "a.jsonl"], "--questions is needed: name the file"),

@@ -1515,7 +1515,7 @@ def test_all_of_eight_processes_wait_for_the_last(tmp_path):
 
 def test_a_command_is_needed(monkeypatch, capsys):
     assert "toy | mfpo | mbpo" in refused(monkeypatch, capsys, build_data)
-    assert "got dpo" in refused(monkeypatch, capsys, build_data, "dpo")
+    assert "got 'dpo'" in refused(monkeypatch, capsys, build_data, "dpo")
 
 
 def test_a_source_is_not_overwritten(world):
