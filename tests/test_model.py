@@ -5,7 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import data
 import model
@@ -146,6 +148,31 @@ def test_a_pair_is_both_answers_and_the_chosen_one_of_the_distorted_image(policy
 
 
 # --------------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("level", ["bytes", "pieces"])
+def test_where_each_token_of_an_answer_stands(level):
+    """In byte-level BPE and with SentencePiece's marks, as Llama's tokenizer has them."""
+    texts = ["USER: <image> What is it? ASSISTANT: A man's caf\u00e9 table isn't here, he says."] * 3
+    tokenizer = Tokenizer(models.BPE())
+    if level == "bytes":
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    else:
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<image>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=45, special_tokens=special, show_progress=False)
+    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    encoding = data.Encoding(fast, "USER: <image> {question} ASSISTANT:", image_tokens=2)
+    answer = "A man's caf\u00e9 table isn't here."
+    ids, spans = encoding.answer("What is it?", answer), encoding.spans("What is it?", answer)
+    assert len(ids) == len(spans) and spans[-1] == (0, 0) and len(ids) > 9
+    covered = "".join(answer[max(a, 0) : b] for a, b in spans)
+    assert covered.replace(" ", "").startswith("Aman'scaf") and covered.endswith("here.")
+    for token, (a, b) in list(zip(ids, spans, strict=True))[:-1]:
+        text = fast.decode([token]).strip()
+        assert "\ufffd" in text or answer[max(a, 0) : b].strip() == text
 
 
 def test_pixels_equal_the_hub_processor(policy):
