@@ -150,7 +150,9 @@ def attack_row(record, image, attacked, config):
 def attack_of(record):
     attack = record.get("attack")
     data.check(attack, {"kind": str, "eps": float})
-    return f"{attack['kind']}, eps {attack['eps'] * 255:.3g}/255"
+    return (
+        f"{attack['kind']} t={attack['t']}" if "t" in attack else f"{attack['kind']}, eps {attack['eps'] * 255:.3g}/255"
+    )
 
 
 def story(config):
