@@ -148,6 +148,7 @@ def attack_row(record, image, attacked, config):
 
 
 def attack_of(record):
+    """What was done to the image of an MBPO record."""
     attack = record.get("attack")
     data.check(attack, {"kind": str, "eps": float})
     return (
@@ -156,12 +157,16 @@ def attack_of(record):
 
 
 def story(config):
-    """Scenes as both methods distort them, and what models say of them, as a sheet. All ranks call it."""
+    """Scenes as MFPO distorts them and as the records of --attacked have them (MBPO's attack, or another negative), and
+    what models say of them, as a sheet. All ranks call it.
+    """
     folder, path, source = Path(config.data), Path(config.attacked), f"{config.data}/{config.split}.jsonl"
     scenes = {scene["image"]: scene for scene in data.read_lines(source)}
     pairs = data.read_lines(folder / f"mfpo_{config.split}.jsonl")
     distorted = {pair["image"]: pair["image_rejected"] for pair in pairs}
-    mined = data.read_records(path, data.PAIR_FIELDS | {"image_attacked": str})
+    first = data.read_records(path, data.PAIR_FIELDS)[0]
+    field = "image_rejected" if "image_rejected" in first else "image_attacked"
+    mined = data.read_records(path, data.PAIR_FIELDS | {field: str})
     mined = [record for record in mined if record["image"] in scenes.keys() & distorted.keys()][:100]
     if path.parent.resolve() != folder.resolve() or not mined:
         build = f"--source {source} --out {folder}/attacked.jsonl --iig_keep 1 --questions 0"
@@ -175,13 +180,16 @@ def story(config):
         kinds, lines = {o["word"] for o in scenes[record["image"]]["objects"]}, []
         for who, text in zip(names, (record["chosen"], before, record["rejected"], *after), strict=True):
             marks = zip(text.split(), eval.marked(text, kinds).split(), strict=True)
-            lines.append((who, text, {word for word, marked in marks if word != marked}))
+            if who != "attacked" or field == "image_attacked":  # else no model said it
+                lines.append((who, text, {word for word, marked in marks if word != marked}))
         if lines[1][2]:  # the base invents something
-            files = record["image"], distorted[record["image"]], record["image_attacked"]
+            files = record["image"], distorted[record["image"]], record[field]
             rows.append(([data.load_image(data.image_path(folder, file)) for file in files], lines))
     if not rows:
         raise Mistake(f"--base {config.base} invents nothing in the scenes of {path}: nothing to show")
-    titles = "image", "key regions noised", f"attacked: {attack_of(mined[0])}", "in red what is not there"
+    other = f"attacked: {attack_of(mined[0])}" if field == "image_attacked" else f"{mined[0]['region_kind']}: "
+    other += mined[0]["negative"] if field == "image_rejected" else ""
+    titles = "image", "key regions noised", other, "in red what is not there"
     return sheet(titles, rows[: config.rows])
 
 
