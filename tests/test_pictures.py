@@ -187,7 +187,7 @@ def test_the_story_marks_what_is_not_there(world, monkeypatch, capsys, tmp_path)
         out = "--out", tmp_path / "no.png"
         return refused(monkeypatch, capsys, pictures, *args, "--attacked", path, *out)
 
-    assert "field 'image_attacked' is missing" in refusal(world / "mfpo_val.jsonl")
+    assert "field 'rejected' is missing" in refusal(world / "val.jsonl")
     preferences = write(world / "story.jsonl", [{**other, "image_attacked": other["image"]} for other in others])
     assert "no scenes of --data" in refusal(preferences)
     truthful |= set(absent)
