@@ -67,8 +67,9 @@ def test_budgets_of_lines():
     assert not over, over
 
 
-SUMS = (2205, 4890, 6450)
-RAISED = {"runtime.py": 614, "hub.py": 240, "warmup.py": 256, "tables.py": 124, "eval.py": 470}  # LOG.md, 2026-11-25
+SUMS = (2280, 4880, 6590)
+RAISED = {"hub.py": 228, "warmup.py": 234, "eval.py": 462, "tables.py": 119, "extras/sources.py": 490,
+          "extras/benchmarks.py": 630}  # fmt: skip  # LOG.md, 2026-11-27
 
 
 @pytest.mark.parametrize("path", HOUSE)
