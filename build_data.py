@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import math
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -51,16 +52,17 @@ STOP_WORDS = set(
     "are was were be been being has have had do does did can could will would may might shall should must i you he she "
     "it we they me him her us them my your his its our their this that these those there here what which who whom "
     "whose when where why how not no yes as than then so such very also just some any all both each one other another "
-    "s t describe image picture photo see seen show shows showing shown".split()
+    "am cannot s t describe image picture photo see seen show shows showing shown".split()
 )
-
-
-WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")  # as people write words: caf\u00e9, t-shirt, o'clock, don't
+# Words as people write them, with accents (also as marks of their own), hyphens, apostrophes: t-shirt, o'clock, don't.
+WORD = re.compile(r"[\w\u0300-\u036f]+(?:['\u2019\u00b4-][\w\u0300-\u036f]+)*")
+IRREGULAR = {"men": "man", "women": "woman", "people": "person", "children": "child", "mice": "mouse"}
 
 
 def singulars(word):
     """A word as it is and without a plural's ending."""
-    forms = [word]
+    forms = [word, IRREGULAR[word]] if word in IRREGULAR else [word]
+    forms += [word[:-3] + "f", word[:-3] + "fe"] if word.endswith("ves") else []
     forms += [word[:-3] + "y"] if word.endswith("ies") else []
     forms += [word[:-2]] if re.search("(ch|sh|x|s|z|o)es$", word) else []
     return forms + ([word[:-1]] if re.search("[^su]s$", word) else [])
@@ -68,10 +70,13 @@ def singulars(word):
 
 def content_words(text):
     """The candidates for keywords, plurals merged into singulars: {word: [position, ...]} among WORD's matches."""
-    words, positions = [re.sub("['\u2019](s|re|ve|ll|d|m)$", "", m.lower()) for m in WORD.findall(text)], {}
+    words = [
+        unicodedata.normalize("NFC", re.sub("['\u2019\u00b4](s|re|ve|ll|d|m)$", "", m)) for m in WORD.findall(text)
+    ]
+    words, positions = [word.lower() for word in words], {}
     for position, word in enumerate(words):
-        if len(word) > 1 and word not in STOP_WORDS and not re.search("n['\u2019]t$", word):
-            word = next((form for form in singulars(word)[1:] if form in words), word)
+        word = next((form for form in singulars(word)[1:] if form in words), word)
+        if len(word) > 1 and word not in STOP_WORDS and not re.search("n['\u2019\u00b4]t$|[0-9_]", word):
             positions.setdefault(word, []).append(position)
     return positions
 
@@ -88,9 +93,10 @@ def keywords(text, vector_of, top=5, phi=1.0, gamma=1.0, decay=0.05, damping=0.8
 
     vector_of   word -> (E,) array;   returns  [(word, score)], at most `top`
 
-    DEVIATION: all values are ours, K = 5 too; kappa is applied to the word that receives (on the giving word it would
-    cancel) at its first occurrence, a negative cosine counts as 0. A topic is ours: words that share a stem or whose
-    cosine is over `topic`, and what is linked through such words; with one topic alone the words rank by position.
+    DEVIATION: candidates, vectors (the policy's own embeddings), how the three make w_ij and all values are ours, K = 5
+    too; kappa is applied to the word that receives (on the giving word it would cancel) at its first occurrence, a
+    negative cosine counts as 0. A topic is ours: words that share a stem or whose cosine is over `topic`, and what is
+    linked through such words; with one topic alone the words rank by position.
     """
     positions = content_words(text)
     words = list(positions)
@@ -170,8 +176,8 @@ def region_mask(kind, boxes, size, rng):
         x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
         boxes = [(x, y, x + w, y + h)]
     for box in boxes if kind != "global" else []:
-        x0, y0, x1, y1 = (max(0, round(v)) for v in box)  # a negative index counts from the other side
-        mask[y0:y1, x0:x1] = True
+        x0, y0, x1, y1 = (max(0, v) for v in box)  # a negative index counts from the other side
+        mask[math.floor(y0) : math.ceil(y1), math.floor(x0) : math.ceil(x1)] = True
     return mask
 
 
@@ -308,7 +314,7 @@ class MfpoConfig(parts.Config):
 
 def mfpo_record(record, image, words, region, others, policy, config, save):
     """One MFPO record: the paper's steps in its order. `words` are the keywords of the chosen answer (step 1), `region`
-    their regions in the image, with masks (n, H, W) or None (step 2); `others` are all source records.
+    their regions in the image, with masks (n, H, W) or None (step 2); `others` are the names of all images.
 
     Falls back to the complete image, region_kind "global": with --region key or prior where no keyword has a region (no
     box and no grounder, nothing above its threshold), and where a mask is empty or the hub's crop leaves it out.
@@ -328,10 +334,10 @@ def mfpo_record(record, image, words, region, others, policy, config, save):
     mask = np.asarray(model.to_square(mask, **square, colour=0, resample=Image.Resampling.BOX)) > 0
     if not mask.any():
         kind, mask = "global", np.ones_like(mask)
-    seen, other = np.asarray(model.to_square(image, **square)), record
-    while config.negative == "other" and other["image"] == record["image"]:
-        other = others[rng.integers(len(others))]
-    other = np.asarray(model.to_square(load_images([other], config)[0], **square)) if other is not record else None
+    seen, other = np.asarray(model.to_square(image, **square)), None
+    if config.negative == "other":
+        name = str(rng.choice([name for name in others if name != record["image"]]))
+        other = np.asarray(model.to_square(load_images([{"image": name}], config)[0], **square))
     mean, std = (v.flatten().cpu().numpy().astype(np.float64) for v in (policy.mean, policy.std))
     image_rejected, text = negative(seen, mask, config, mean, std, rng, other)  # 3. the distortion
     name = save(image_rejected, record=record)
@@ -355,9 +361,10 @@ def build_mfpo(config):
         policy.encoding.row(record, *(name for name in ("chosen", "rejected") if name in record))
 
     records = parts.read_source(config, check)
-    if config.negative == "other" and len({record["image"] for record in records}) < 2:
+    others = sorted({record["image"] for record in records}) if config.negative == "other" else []
+    here, folder = parts.parts_of(out, policy, config, others), out.with_name(f"{out.stem}_distorted")
+    if len(others) == 1:
         raise Mistake(f"--negative other: {config.source} has one image only. Use another kind, or more records")
-    here, folder = parts.parts_of(out, policy, config), out.with_name(f"{out.stem}_distorted")
     save = functools.partial(parts.save_image, folder=folder, parts=here)
     what = f"{config.negative}{f' {config.schedule} t={config.t}' if config.negative == 'noise' else ''}"
     say(f"{len(records)} records; negative: {what}, regions: {config.region}")
@@ -378,7 +385,7 @@ def build_mfpo(config):
         if prior:
             gains = word_gains(policy, some, pixels_of(policy, images))
             regions = [prior_regions(*one) for one in zip(*zip(*regions, strict=True), words, gains, strict=True)]
-        one = functools.partial(mfpo_record, others=records, policy=policy, config=config, save=save)
+        one = functools.partial(mfpo_record, others=others, policy=policy, config=config, save=save)
         with ThreadPoolExecutor(8) as pool:  # encoding images releases the interpreter's lock
             return list(pool.map(one, some, images, words, regions))  # steps 2 to 4
 
@@ -519,7 +526,9 @@ def why_drop(line, ended, encoding):
 
 
 def mbpo_records(records, pixels, policy, config, save):
-    """MBPO's records of source records that were chosen by their gain: the paper's steps in its order."""
+    """MBPO's records of source records that were chosen by their gain: the paper's steps in its order, and a third of
+    ours.
+    """
     rows = [policy.encoding.row(record, "chosen") for record in records]
     eps, alpha = float(Fraction(config.eps)), float(Fraction(config.alpha))
 
@@ -565,7 +574,8 @@ def build_mbpo(config):
     records = parts.read_source(config, check)
     here, folder = parts.parts_of(out, policy, config), out.with_name(f"{out.stem}_attacked")
     save = functools.partial(parts.save_image, folder=folder, parts=here)
-    say(f"{len(records)} records; attack: {config.attack} eps={config.eps}")
+    size = "t=500" if config.attack == "diffusion" else f"eps={config.eps}"
+    say(f"{len(records)} records; attack: {config.attack} {size}")
 
     def gains_of(some):
         rows = [policy.encoding.row(record, "chosen") for record in some]

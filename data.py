@@ -69,15 +69,13 @@ def parsed(text):
 
 
 def whole(text):
-    """The items of a text that is not a record a line: of a JSON list, of a dict with one list in it, of a dict of
-    objects by id, or objects over several lines. A BadRecord where it is none of these.
+    """The items of a text that is not a record a line: of a JSON list, of a dict with one list in it, or objects over
+    several lines. A BadRecord where it is none of these.
     """
     text = text.strip()
     items = parsed(text if text[:1] == "[" else "[" + re.sub(r"\}\s*\n\s*\{", "},{", text) + "]")
     if isinstance(items, list) and len(items) == 1 and isinstance(items[0], dict):
         lists = [value for value in items[0].values() if isinstance(value, list)]
-        if items[0] and all(isinstance(value, dict) for value in items[0].values()):
-            return [{"id": key} | value for key, value in items[0].items()]
         items = lists[0] if len(lists) == len(items[0]) == 1 else items
     return items
 
@@ -92,9 +90,9 @@ def read_json(path):
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # -sig: with a byte-order mark or without
         start = next((line for line in file if line.strip()), "").strip()
         file.seek(0)
-        one = parsed(start)
-        kinds = {type(value) for value in one.values()} if isinstance(one, dict) else set()
-        if kinds in (set(), {dict}) or (kinds == {list} and len(one) == 1):  # else a record a line
+        one = None if start[:1] == "[" else parsed(start)
+        lists = [name for name, value in one.items() if isinstance(value, list)] if isinstance(one, dict) else []
+        if not isinstance(one, dict) or (len(lists) == len(one) and lists[0] not in ("messages", "conversations")):
             items = whole(file.read())
             file.seek(0)
             if isinstance(items, list) or start[:1] == "[":
@@ -219,7 +217,8 @@ def decoding(name):
     except (MemoryError, NameError, ImportError):  # the machine's trouble, or ours
         raise
     except Exception as error:
-        message = f"{name}: cannot be read as an image ({str(error)[:80]}). Replace it or delete the record"
+        reason = str(error).replace(str(name), "it")[:80]
+        message = f"{name}: cannot be read as an image ({reason}). Replace it or delete the record"
         raise BadRecord("image unreadable", message) from None
 
 

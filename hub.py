@@ -58,12 +58,15 @@ def local_folder(path):
 def read_config(path, folder):
     """The config of a LLaVA folder; Mistake unless it is one that this project trains, in safetensors."""
     try:
+        stored = json.loads((folder / "config.json").read_text())
+        if "mm_projector_type" in stored or "LlavaLlamaForCausalLM" in stored.get("architectures", []):
+            remedy = "Name the hub's conversion, llava-hf/llava-1.5-7b-hf or -13b-hf"
+            raise Mistake(f"--model {path}: is in the layout of LLaVA's own code, without a vision tower. {remedy}")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Mistake:
+        raise
     except (OSError, ValueError) as error:
         raise Mistake(f"--model {path}: no model's folder ({str(error).split(chr(10))[0][:100]}). Check it") from None
-    if config.to_dict().get("mm_projector_type") or "LlavaLlamaForCausalLM" in (config.architectures or []):
-        remedy = "Name the hub's conversion, llava-hf/llava-1.5-7b-hf or -13b-hf"
-        raise Mistake(f"--model {path}: is in the layout of LLaVA's own code, without a vision tower. {remedy}")
     if config.model_type != "llava":
         raise Mistake(f"--model {path}: is a {config.model_type!r}; this project trains 'llava' models (LLaVA-1.5)")
     parts = [config.vision_config.model_type, config.text_config.model_type, config.vision_feature_select_strategy]
@@ -72,8 +75,9 @@ def read_config(path, folder):
         need = "only of clip_vision_model, llama, default, one layer, as LLaVA-1.5 is, are trained here"
         raise Mistake(f"--model {path}: a LLaVA of {', '.join(parts)}, features of layer {layer}; {need}")
     if not list(folder.glob("*.safetensors")):
-        read = f"from transformers import AutoModelForImageTextToText as M; M.from_pretrained('{path}')"
-        remedy = f"If you trust it: python -c \"{read}.save_pretrained('{path}')\""
+        if not list(folder.glob("*.bin")):
+            raise Mistake(f"--model {path}: holds no weights. Fetch or export it again")
+        remedy = "If you trust it: AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(folder)"
         raise Mistake(f"--model {path}: only a pickle, which can run code. {remedy}")
     return config
 

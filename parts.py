@@ -51,8 +51,8 @@ class Config:
 def check_source(record, rejected=False):
     """BadRecord unless a source record can be used: its objects and, if it is needed, its rejected answer."""
     data.check(record, data.SOURCE_FIELDS)
-    objects = record.get("objects", [])
-    for o in objects if isinstance(objects, list) else [objects]:
+    data.check({"objects": []} | record, {"objects": list})
+    for o in record.get("objects", []):
         box = o.get("box") if isinstance(o, dict) and isinstance(o.get("word"), str) else None
         good = isinstance(box, list) and len(box) == 4
         good = good and all(type(v) in (int, float) and -1e9 < v < 1e9 for v in box)
@@ -74,7 +74,8 @@ def cut_boxes(record, size):
     count, limits = 0, np.tile(size, 2)
     for o in record.get("objects", []):
         box = np.clip(o["box"], 0, limits)
-        if (box[2:] - box[:2] < 1).any():
+        sides = box[2:] - box[:2]
+        if sides.min() < 1 or sides.max() <= 1:  # [0, 0, 1, 1] is all of an image, in shares
             message = (
                 f"box {str(o['box'])[:60]} of {o['word'][:40]!r} holds no pixel of its image, {size[0]} x {size[1]}. "
             )
@@ -145,11 +146,11 @@ def key_of(record):
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def parts_of(out, policy, config):
-    """The folder of parts of the file `out`, named by the model and all knobs that change a line."""
+def parts_of(out, policy, config, more=()):
+    """The folder of parts of the file `out`, named by the model, all knobs that change a line, and what `more` does."""
     others = "source model out records heldout skip_bad batch questions iig_keep iig_min".split()
     settings = {name: value for name, value in vars(config).items() if name not in others}
-    mark = runtime.first_alone(lambda: hub.fingerprint(policy, out.parent, [settings]))
+    mark = runtime.first_alone(lambda: hub.fingerprint(policy, out.parent, [settings, *more]))
     return out.with_name(f"{out.name}.parts-{mark}")
 
 

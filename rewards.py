@@ -9,11 +9,17 @@ from decimal import Decimal
 
 from data import LETTERS
 
-ANSWER = re.compile(r"(?i)\banswer(?: is|:)[:\s]*")  # what stands in front of an answer
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+# What stands in front of an answer, and what says no without the word.
+ANSWER = re.compile(
+    r"(?i)\b(?:answer(?: to [^.:]*?)?(?: is|:)|(?:correct|right|best) (?:answer|option|choice)(?: is|:)?"
+    r"|(?:answer|option|choice)(?= \(?[A-Z]\b))[:\s]*"
 )
-NUMBERS += "seventeen eighteen nineteen twenty".split()
+NEGATION = re.compile(
+    r"(?:^|\b(?:is|are|was|were|does|do|did|has|have)|s)(?: ?n't| not)\b(?! (?:sure|certain|clear|know))|^not\b"
+)
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+ONES += "seventeen eighteen nineteen".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 def yes_or_no(answer):
@@ -23,24 +29,31 @@ def yes_or_no(answer):
 
 
 def plain(text):
-    """Lower-case words, articles left out."""
-    return " ".join(word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the"))
+    """Lower-case words and numbers with their signs, articles left out, unless nothing else is there."""
+    words = re.findall(r"(?<![\w.])[-+]?[0-9]+(?:\.[0-9]+)?%?|\w+[+#]*", text.lower())
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
 
 
 def mentioned(text, choices):
     """The choices that a text names, the longest first, so that "dark red" does not name "red" too."""
-    text, named = f" {plain(text)} ", []
-    for choice in sorted(choices, key=len, reverse=True):
-        if (words := f" {plain(choice)} ") in text and words.strip():
-            named.append(choice)
-            text = text.replace(words, " | ")
+    text, named = plain(text), []
+    for choice in sorted(choices, key=lambda choice: len(plain(choice)), reverse=True):
+        text, count = re.subn(rf"(?<!\S){re.escape(plain(choice))}(?!\S)", "|", text)
+        named += [choice] * bool(count)
     return named
 
 
 def numbers(text):
-    """The numbers in a text, as few digits as say them: digits with signs, points and commas, or words up to twenty."""
-    digits = re.findall(r"(?<![\w.])[-+]?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?!\w)", text.replace("\u2212", "-"))
-    digits += [str(NUMBERS.index(word)) for word in re.findall(r"[a-z]+", text.lower()) if word in NUMBERS]
+    """The numbers in a text, as few digits as say them: digits with signs, points and commas, or words below 100."""
+    text = text.lower().replace("\u2212", "-")
+    digits = re.findall(r"(?<![\w.])[-+]?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?!\w)", text)
+    for word, one in re.findall(
+        r"\b([a-z]+)(?:[- ]([a-z]+))?\b", re.sub(r"\bno one\b|[a-z]+ (?:hundred|thousand)", "", text)
+    ):
+        if word in TENS:
+            digits.append(str(10 * TENS.index(word) + 20 + (ONES.index(one) if one in ONES[:10] else 0)))
+        else:
+            digits += [str(ONES.index(each)) for each in (word, one) if each in ONES]
     values = [f"{Decimal(number.replace(',', '')):f}" for number in digits]
     return [value.rstrip("0").rstrip(".") if "." in value else value for value in values]
 
@@ -51,11 +64,15 @@ def letters(text, choices, after=False):
     """
     known = LETTERS[: len(choices)]
     front = re.match(r"\(?([A-Z])\b" if after else r"\(?([A-Za-z])(?:\)|[.:,]|\s*$|\s+[-\u2013]\s)", text)
-    by_text = [known[choices.index(choice)] for choice in mentioned(text[front.end() :] if front else text, choices)]
+    rest = text[front.end() :] if front else text
+    by_text = [known[choices.index(choice)] for choice in mentioned(rest, choices)]
     if not front:
-        return by_text or re.findall(rf"(?:(?i:option|choice) |\()([{known}])\b", text)
-    others = re.findall(r"(?<!\w)\(?([A-Z])(?:[.):]|$)", text[front.end() :])
-    return [front[1].upper(), *others, *by_text] if front[1].upper() in known else []
+        return by_text or re.findall(rf"(?:(?i:option|choice|it is|it's) |\(|^)([{known}])(?:\b(?! )|(?= is ))", text)
+    letter = front[1].upper()
+    if letter not in known:
+        return []
+    own = plain(rest) == plain(choices[known.index(letter)])  # "B. C", where option B is "C"
+    return [letter, *([] if own else re.findall(r"(?<!\w)\(?([A-Z])(?:[.):]|$)", rest)), *([] if own else by_text)]
 
 
 def closed_answer(text, question):
@@ -63,26 +80,27 @@ def closed_answer(text, question):
     rewards are computed with these rules, and a text that names every answer must not score. Case, quotes, emphasis,
     brackets and what stands in front ("The answer is", "Answer:") do not count.
 
-    yesno    "Yes" or "No": the one of which a word occurs; of neither, "not" or a verb with "n't" is "No"
+    yesno    "Yes" or "No": the one of which a word occurs; of neither, "is not" and the like are "No"
     choice   a letter, or that of the option whose text is named
     number   the only number, in digits or as a word
     word     the one of "choices" that is named; without choices the text itself, but for articles
     """
     kind, choices = question["kind"], question.get("choices", [])
-    bare = re.sub(r"[*_`\"\u201c\u201d]|(?<!\w)['\u2018\u2019]|['\u2018\u2019](?!\w)", "", text).strip()
-    answers = set()
-    after = ANSWER.split(bare)[1:]  # all that is said to be the answer
-    for part in after or [bare]:
+    bare = re.sub(r"</?\w+>|\\boxed|[*_`\"\u201c\u201d{}$]", "", text).replace("\u2019", "'")
+    bare = re.sub(r"(?<!\w)['\u2018]|'(?!\w)", "", bare).strip()
+
+    def read(part, after):
         if kind == "yesno":
-            words = re.findall(r"\w+", re.sub(r"n['\u2019]t\b", " not", part.lower()))
-            signs = {word.capitalize() for word in words if word in ("yes", "no")}
-            answers |= signs or ({"No"} if "not" in words else set())
-        elif kind == "choice":
-            answers |= set(letters(part.strip(), choices, bool(after)))
-        elif kind == "number":
-            answers |= set(numbers(part))
-        else:
-            answers |= set(mentioned(part, choices)) if choices else {plain(part)} - {""}
+            signs = {word.capitalize() for word in re.findall(r"\w+", part.lower()) if word in ("yes", "no")}
+            return signs or {"No" for _ in NEGATION.findall(part.lower())}
+        if kind == "choice":
+            return set(letters(part.strip(), choices, after))
+        if kind == "number":
+            return set(numbers(part))
+        return set(mentioned(part, choices)) if choices else {plain(part)} - {""}
+
+    # All that is said to be the answer, else the text.
+    answers = set().union(*(read(part, True) for part in ANSWER.split(bare)[1:])) or read(bare, False)
     return answers.pop() if len(answers) == 1 else None
 
 
@@ -98,13 +116,15 @@ def in_form(text, question, words=0):
     """Is the text an answer in the form asked for: Yes or No, a letter, digits, so many words? And no longer than asked
     for: with `words` 0 it is that form and nothing else, else it starts with the form and has at most so many words.
     """
-    said, answer = text.strip().removesuffix(".").lower(), closed_answer(text, question)
+    said, answer, kind = text.strip().removesuffix(".").lower(), closed_answer(text, question), question["kind"]
     if answer is None:
         return False
     if words:
-        start = re.findall(r"\w+", answer.lower())
-        return re.findall(r"\w+", said)[: len(start)] == start and len(said.split()) <= words
-    if question["kind"] == "word":
+        start = plain(answer).split()
+        return plain(said).split()[: len(start)] == start and len(said.split()) <= words
+    if kind == "word":
         length = len(plain(question["answer"]).split())
         return plain(said) == plain(answer) and (bool(question.get("choices")) or len(plain(said).split()) == length)
+    if kind == "number":
+        return bool(re.fullmatch(r"[-+]?(?:0|[1-9][0-9]*)?(?:\.[0-9]+)?", said))
     return said in (answer.lower(), f"({answer.lower()})")

@@ -210,6 +210,8 @@ def first_alone(work):
     if rank() == 0:
         try:
             box = [work()]
+        except BrokenPipeError:
+            raise
         except (Mistake, OSError) as error:
             box = [error]
     if world() > 1:

@@ -82,11 +82,20 @@ def answer_of(record):
     name = next((name for name in ("answer", "response", "caption", "text") if name in record), None)
     if not isinstance(record.get(name), str):
         raise BadRecord("no answer", "has no 'answer' that is a text (it may be empty). Add it")
-    if name == "text" and "label" in record:
-        raise BadRecord("a question", "is a question, for it has a 'label'. Name the file of answers")
+    if (name == "text" and "label" in record) or {"kind", "question"} <= set(record):
+        raise BadRecord("a question", "is a question, not an answer. Name the file of answers")
     if name == "answer" and record.get("response", record[name]) != record[name]:
         raise BadRecord("two answers", "'answer' and 'response' differ. Keep the one that is meant")
     return record[name]
+
+
+def by_id(rows):
+    """Rows; one object that holds objects by id, as MM-Vet's files, gives a row for each."""
+    for where, row in rows:
+        if isinstance(row, dict) and row and all(isinstance(value, dict) for value in row.values()):
+            yield from ((f"{where}, {key}", {"id": key} | value) for key, value in row.items())
+        else:
+            yield where, row
 
 
 def one_of(name, value, allowed, title=""):
@@ -104,7 +113,7 @@ def read(flag, path, config, check, order=()):
     if not path:
         raise Mistake(f"--{flag} is needed: name the file")
     records, dropped = {}, Counter()
-    for number, (where, record) in enumerate(data.read_json(path)):
+    for number, (where, record) in enumerate(by_id(data.read_json(path))):
         try:
             data.check(record, {})
             check(record)
@@ -141,12 +150,11 @@ def match(items, path, config, others=()):
         if keys:
             print(f"{path}: {len(keys)} left out, as id {keys[0]!r}, which {fault}")
     for key, item in items.items():
-        asked = [
-            " ".join(str(v).split())
-            for v in (item.get("text", item.get("question")), answers.get(key, {}).get("question"))
-        ]
-        if "None" not in asked and asked[0] not in asked[1]:
-            raise Mistake(f"{path}: id {key!r} answers {asked[1]!r}, not {asked[0]!r}. Name this benchmark's answers")
+        asked, said = item.get("text") or item.get("question") or "", answers.get(key, {})
+        told = said.get("question") or said.get("prompt")  # with or without the wish for a short answer
+        short, long = sorted((" ".join(str(text).split()) for text in (asked, told or asked)), key=len)
+        if not long.startswith(short):
+            raise Mistake(f"{path}: id {key!r} answers {told!r}, not {asked!r}. Name this benchmark's answers")
     return [(item, answer_of(answers[key])) for key, item in items.items() if key in answers]
 
 
@@ -232,18 +240,24 @@ def check_chair(record, config):
 
 def of_coco(config, instances):
     """{id: item} of COCO's instances_*.json, with captions_*.json as --annotations, of the images that are answered."""
+    if not config.annotations:
+        raise Mistake("--annotations is needed: COCO's captions_*.json, for what its captions name is there too")
+    answered = set().union(*(read("answers", path, config, answer_of) for path in config.compare or [config.answers]))
     names = {kind["id"]: kind["name"] for kind in instances["categories"]}
-    rows = {image["id"]: {"id": image["id"], "image": image["file_name"]} for image in instances["images"]}
-    rows = {key: row | {"objects": set(), "captions": []} for key, row in rows.items()}
+    items = {str(image["id"]): {"id": image["id"], "image": image["file_name"]} for image in instances["images"]}
+    items = {key: item | {"objects": set(), "captions": []} for key, item in items.items() if key in answered}
     for note in instances["annotations"]:
-        rows[note["image_id"]]["objects"].add(names[note["category_id"]])
-    for _, captions in data.read_json(config.annotations) if config.annotations else ():
-        for note in captions["annotations"]:
-            rows[note["image_id"]]["captions"].append(note["caption"])
-    answered = {id_of(record) for _, record in data.read_json(config.answers)}
-    items = {id_of(row): row | {"objects": sorted(row["objects"])} for row in rows.values() if id_of(row) in answered}
+        if (key := str(note["image_id"])) in items:
+            items[key]["objects"].add(names[note["category_id"]])
+    _, captions = next(data.read_json(config.annotations))
+    for note in captions.get("annotations", []) if isinstance(captions, dict) else []:
+        if (key := str(note.get("image_id"))) in items and "caption" in note:
+            items[key]["captions"].append(note["caption"])
     for item in items.values():
+        item["objects"] = sorted(item["objects"])
         check_chair(item, config)
+    if not any(item["captions"] for item in items.values()):
+        raise Mistake(f"--annotations {config.annotations}: has no captions of these images. Name those of their split")
     return items
 
 
@@ -443,12 +457,12 @@ def check_text(record, config):
     data.check(record, {"image": str, "question": str})
 
 
-def judged(config, path, read_one):
+def judged(config, items, path, read_one):
     """Counts of a judge's file, of all and by kind: read_one(record) -> kinds, what was won, of how much."""
     if not path or not config.judge:
         raise Mistake("--judged and --judge are needed: its file, its name. Scores of two judges differ")
     counted, metrics = [], {}
-    for where, record in data.read_json(path):
+    for where, record in by_id(data.read_json(path)):
         try:
             kinds, won, most = read_one(record)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -456,6 +470,8 @@ def judged(config, path, read_one):
         row = {f"{kind}{name}": value for kind in ("", *kinds) for name, value in (("won", won), ("of", most))}
         counted.append((where, row))
         metrics |= {f"{kind}score": (f"{kind} score".strip(), (f"{kind}won", f"{kind}of")) for kind in ("", *kinds)}
+    if items and len(counted) != len(items):
+        raise Mistake(f"{path}: holds {len(counted)} reviews of {len(items)} questions. Judge all")
     return tables.Counts(by_image(counted), metrics, [f"judge: {config.judge}"], unit="questions")
 
 
@@ -465,10 +481,12 @@ def llavabench(config, items, path):
     """
 
     def read_one(review):
-        first, second = re.findall(r"[0-9.]+", review["content"].strip().split("\n")[0])
-        return [review["category"]] if review.get("category") else [], 100 * float(second), float(first)
+        first, second = map(float, re.findall(r"[0-9.]+", review["content"].strip().split("\n")[0]))
+        if not 0 < first <= 10 or not 0 <= second <= 10:
+            raise ValueError(f"scores {first:g} and {second:g}, not of 10")
+        return [review["category"]] if review.get("category") else [], 100 * second, first
 
-    return judged(config, path, read_one)
+    return judged(config, items, path, read_one)
 
 
 def mmvet(config, items, path):
@@ -476,9 +494,11 @@ def mmvet(config, items, path):
 
     def read_one(grade):
         score = grade["score"][-1] if isinstance(grade["score"], list) else grade["score"]
+        if not 0 <= float(score) <= 1:
+            raise ValueError(f"score {score}, not of 1")
         return items.get(id_of(grade), {}).get("capability", []), 100 * float(score), 1
 
-    return judged(config, path, read_one)
+    return judged(config, items, path, read_one)
 
 
 def answer_line(item, text):
@@ -556,6 +576,11 @@ def answer(name, config, items):
             prompt += bench.suffix
         records.append({"id": key, "image": item["image"], "prompt": prompt})
     policy = hub.load(config.model, convention=config.convention, trained=False)
+    for record in records:  # before hours of answering
+        try:
+            policy.encoding.prompt(record["prompt"])
+        except BadRecord as error:
+            raise Mistake(f"id {record['id']!r}: {error}") from None
     settings = [{"bench": name, "max_new_tokens": limit}]
     mark = runtime.first_alone(lambda: hub.fingerprint(policy, folder, settings))
     here = out.with_name(f"{out.name}.parts-{mark}")

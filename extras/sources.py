@@ -42,7 +42,7 @@ CHOICE_PROMPT = "Answer with the option's letter from the given choices directly
 SHORT_PROMPT = "Answer the question using a single word or phrase."
 WHO = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 # What a file's name says of its split: train-00000-of-00002.parquet as the hub writes it, or train.parquet.
-SPLIT = re.compile(r".+?(?=[-_]\d+-of-\d+)|(?:train|validation|val|dev|test)(?![a-zA-Z])")
+SPLIT = re.compile(r".+?(?=[-_]\d+-of-\d+)|(?:.*[-_])?(?:train|validation|val|dev|test)(?![a-zA-Z])")
 
 # ------------------------------------------------------------------------------- one reader for each format
 
@@ -72,24 +72,35 @@ def bare_answer(answer):
     return re.sub(r"\s*(</s>|<\|im_end\|>|<\|end\|>)\s*$", "", answer).strip()
 
 
-def image_in(raw, *talks):
+def image_parts(talk):
+    """The parts of a conversation's messages that are images."""
+    contents = [turn.get("content") for turn in talk if isinstance(turn, dict)]
+    parts = chain.from_iterable(content for content in contents if isinstance(content, list))
+    return [part for part in parts if isinstance(part, dict) and str(part.get("type")).startswith("image")]
+
+
+def image_in(raw):
     """The one image that a record names: in a field, or inside of a message. What mentions one is never "text only"."""
-    contents = [turn.get("content") for talk in talks for turn in talk if isinstance(turn, dict)]
-    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    parts = [part for part in parts if str(part.get("type")).startswith("image")]
+    parts = max((image_parts(talk) for talk in raw.values() if isinstance(talk, list)), key=len, default=[])
     inside = [next(filter(None, map(part.get, ("image", "image_url", "url", "path"))), None) for part in parts]
-    named = next((v for v in (*map(raw.get, ("images", "image", "img_path", "image_path")), inside) if v), [])
-    named = [value for value in (named if isinstance(named, list) else [named]) if value]
-    if len(named) > 1:
-        raise BadRecord("several images", f"has {len(named)} images, we train on one. Delete the record")
+    for named in (*map(raw.get, ("images", "image", "img_path", "image_path")), inside):
+        named = [value for value in (named if isinstance(named, list) else [named]) if value]
+        named = [value for value in named if not isinstance(value, dict) or any(value.values())]
+        if named:
+            break
+    if max(len(named), len(parts)) > 1:
+        raise BadRecord(
+            "several images", f"has {max(len(named), len(parts))} images, we train on one. Delete the record"
+        )
+    if named:
+        return named[0]["url"] if isinstance(named[0], dict) and "url" in named[0] else named[0]
     where = ["a message"] * bool(parts) + [name for name, value in raw.items() if "<image>" in str(value)]
     where += [name for name, value in raw.items() if value and re.search("image|img|photo|picture", name.lower())]
-    if where and not named:
+    where += [name for name, value in raw.items() if re.search(r"\.(png|jpe?g|webp|bmp|gif)$", str(value).lower())]
+    if where:
         message = f"mentions an image in {where[0]}, and names none in image, images, img_path or a message"
         raise BadRecord("image not named", f"{message}. Rename its field")
-    if not named:
-        raise BadRecord(*TEXT_ONLY)
-    return named[0]["url"] if isinstance(named[0], dict) and "url" in named[0] else named[0]
+    raise BadRecord(*TEXT_ONLY)
 
 
 def turns_of(talk, field):
@@ -108,8 +119,13 @@ def turns_of(talk, field):
     return turns
 
 
+def system_of(raw):
+    """LLaMA-Factory's system message, which has a field of its own."""
+    return [("system", raw["system"])] if isinstance(raw.get("system"), str) else []
+
+
 def asked(turns):
-    """The question of turns that end with a human's: what a system message says stands in front of it."""
+    """The question of turns that end with a human's: what system messages say stands in front of it."""
     system, human = ([text for who, text in turns if who == kind and text.strip()] for kind in ("system", "human"))
     if [who for who, _ in turns if who != "system"] != ["human"] or not human:
         raise BadRecord(*SEVERAL_TURNS)
@@ -118,7 +134,7 @@ def asked(turns):
 
 def first_turn(raw, field):
     """The first question of a conversation, its answer, and how many further answers there are."""
-    turns = turns_of(raw.get(field), field)
+    turns = [*system_of(raw), *turns_of(raw.get(field), field)]
     talk = [turn for turn in turns if turn[0] != "system"]
     if len(talk) < 2 or any(who != ("human", "gpt")[n % 2] for n, (who, _) in enumerate(talk)):
         raise BadRecord(f"{field!r} unusable", f"field {field!r} must hold turns of human and gpt in turn. Mend it")
@@ -142,34 +158,38 @@ def trl(raw):
     for name in ("chosen", "rejected"):
         answer = raw.get(name)
         if isinstance(answer, (list, dict)):
-            *head, (_, answer) = turns_of(answer, name)
+            *head, (who, answer) = turns_of(answer, name)
             heads += [head] * bool(head)
+            if who != "gpt":
+                raise BadRecord(f"{name!r} unusable", f"field {name!r} must end with the model's turn. Mend it")
         said[name] = answer
     if isinstance(talk, list):
         heads.append(turns_of(talk, "prompt"))
     if heads[1:] and heads[0] != heads[1]:
         raise BadRecord(*SEVERAL_TURNS)
-    said["question"] = asked(heads[0]) if heads else texts({"prompt": talk}, "prompt")[0]
-    talks = [value for value in (talk, raw.get("chosen"), raw.get("rejected")) if isinstance(value, list)]
-    return {"image": image_in(raw, *talks), **preference(said)}
+    said["question"] = asked(system_of(raw) + heads[0]) if heads else texts({"prompt": talk}, "prompt")[0]
+    return preference(said)
 
 
 def swift(raw):
-    """ms-swift: the chosen answer is the last message."""
+    """ms-swift: the chosen answer is the last message, the rejected one a text or the last of other messages."""
     if raw.get("rejected_images"):
         raise BadRecord("image preference", "'rejected_images' prefers an image, not an answer. Delete the record")
-    talk = raw["messages"] if isinstance(raw["messages"], list) else []
-    return trl(raw | {"prompt": talk[:-1], "chosen": talk[-1:], "rejected": raw["rejected_response"]})
+    talk, other = raw["messages"] if isinstance(raw["messages"], list) else [], raw.get("rejected_messages")
+    rejected = other[-1:] if isinstance(other, list) else raw.get("rejected_response")
+    return trl(raw | {"prompt": talk[:-1], "chosen": talk[-1:], "rejected": rejected})
 
 
 def r1v(raw):
-    """R1-V: the truth stands in <answer>; a number, yes or no, or a word."""
+    """R1-V: the truth stands in <answer>: a number, yes or no, a letter of the problem's options, or a word."""
     problem, solution = texts(raw, "problem", "solution")
     answer = (re.findall("<answer>(.*?)</answer>", solution, re.DOTALL) or [solution])[-1].strip()
-    kind = "yesno" if answer.lower() in ("yes", "no") else "word"
-    kind = "number" if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", answer) else kind
-    answer = answer.capitalize() if kind == "yesno" else answer
-    return {"image": image_in(raw), "question": bare_question(problem), "kind": kind, "answer": answer}
+    record = {"question": bare_question(problem), "kind": "word", "answer": answer}
+    if answer.lower() in ("yes", "no"):
+        return record | {"kind": "yesno", "answer": answer.capitalize()}
+    if re.fullmatch("[A-Z]", answer) and options_in(problem):
+        return record | {"kind": "choice", "choices": options_in(problem)}
+    return record | ({"kind": "number"} if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", answer) else {})
 
 
 def rlhf_v(raw):
@@ -184,9 +204,8 @@ def rlhf_v(raw):
 
 def conversation(raw, field="conversations", paired=False):
     """LLaVA-mix, of which many entries have no image, and POVID, which holds a rejected conversation too."""
-    image = image_in(raw, raw.get(field) if isinstance(raw.get(field), list) else [])
     question, chosen, later = first_turn(raw, field)
-    record = {"image": image, "question": question, "chosen": chosen, "later_turns": later}
+    record = {"question": question, "chosen": chosen, "later_turns": later}
     if paired:
         again, record["rejected"], _ = first_turn(raw, "rejected_conversations")
         if again != question:
@@ -208,10 +227,8 @@ def choice(raw, field):
     return {"question": question, "kind": "choice", "answer": letters[answer], "choices": options}
 
 
-def mmstar(raw):
-    """The options lie in the question, after 'Options:' as 'A: a cup, B: a pen' or 'Choices:' as '(A) 10'."""
-    question, answer = texts(raw, "question", "answer")
-    question, answer = bare_question(question), answer.strip()
+def options_in(question):
+    """The options in a question, after 'Options:' as 'A: a cup, B: a pen' or 'Choices:' as '(A) 10'."""
     after = re.split(r"Options:|Choices:", question, maxsplit=1)[-1]
     marks, form = [], None
     for mark in re.finditer(r"(?<!\S)(\(?)([A-Z])([:.)])\s*", after):
@@ -220,9 +237,15 @@ def mmstar(raw):
             marks.append(mark)
             form = mark[1], mark[3]
     ends = [*(mark.start() for mark in marks[1:]), len(after)]
-    options = [after[m.end() : end].strip().rstrip(",").strip() for m, end in zip(marks, ends, strict=False)]
-    question += f"\n{CHOICE_PROMPT}"
-    return {"question": question, "kind": "choice", "answer": answer, "choices": options}
+    return [after[m.end() : end].strip().rstrip(",").strip() for m, end in zip(marks, ends, strict=False)]
+
+
+def mmstar(raw):
+    """The options lie in the question."""
+    question, answer = texts(raw, "question", "answer")
+    question = bare_question(question)
+    choices = {"kind": "choice", "answer": answer.strip(), "choices": options_in(question)}
+    return {"question": f"{question}\n{CHOICE_PROMPT}"} | choices
 
 
 def mme(raw):
@@ -240,9 +263,10 @@ FORMATS = {
     "povid": (lambda raw: conversation(raw, paired=True), {"conversations", "rejected_conversations"}),
     "llama-factory": (trl, {"conversations", "chosen", "rejected"}),
     "ms-swift": (swift, {"messages", "rejected_response"}),
+    "ms-swift talks": (swift, {"messages", "rejected_messages"}),
     "r1-v": (r1v, {"problem", "solution"}),
     "llava": (conversation, {"conversations"}),
-    "rlaif-v": (preference, {"image", "question", "chosen", "rejected"}),
+    "rlaif-v": (preference, {"question", "chosen", "rejected"}),
     "trl": (trl, {"chosen", "rejected"}),  # image or images; messages
     "messages": (lambda raw: conversation(raw, "messages"), {"messages"}),
     "rlhf-v": (rlhf_v, {"image", "text"}),  # text: a JSON string with question, chosen, rejected
@@ -273,9 +297,10 @@ def files_of(source, split=""):
     names = ", ".join(sorted(set(splits.values())))
     if not split and "," in names:
         raise Mistake(f"{source}: holds several splits. Name one with --split: {names[:100]}")
-    files = [file for file in files if file.name.startswith(split)]
+    exact = [file for file in files if split in (splits.get(file), file.name, file.stem)]  # "test" is not "testmini"
+    files = exact or [file for file in files if file.name.startswith(split)]
     if not files:
-        raise Mistake(f"--split {split}: no file's name begins so. Splits: {names[:100] or 'none'}")
+        raise Mistake(f"--split {split}: no file's name says so. Splits: {names[:100] or 'none'}")
     return files
 
 
@@ -304,9 +329,11 @@ def image_of(value, images, folder):
     if value is None or value == "":
         raise BadRecord(*TEXT_ONLY)
     file = None
-    if isinstance(value, str) and (value.startswith("data:") or len(value) > 1000):  # a data URI, base64
+    if isinstance(value, str) and (
+        value.startswith("data:") or (len(value) > 100 and not re.search(r"\.\w{2,4}$", value))
+    ):
         try:
-            value = base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
+            value = base64.b64decode("".join(value.removeprefix("data:").split(",")[-1].split()), validate=True)
         except ValueError:
             raise BadRecord("image unreadable", f"image {value[:40]!r}... is no base64. Mend it") from None
     if isinstance(value, str):
@@ -344,7 +371,7 @@ def convert(where, number, raw, name, images, folder):
         if not name:
             message = f"no known format has the fields {', '.join(raw)[:100]}. Rename them or give --format"
             raise BadRecord("no known format", message)
-        record = {"image": raw.get("image"), **FORMATS[name][0](raw)}
+        record = dict(raw) if name in OWN else {"image": image_in(raw), **FORMATS[name][0](raw)}
         later = 0 if name in OWN else record.pop("later_turns", 0)
         if name not in OWN:
             # Their own ids are known to repeat: two questions an image in MME, merged sets in LLaVA-mix.

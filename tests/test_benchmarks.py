@@ -765,6 +765,10 @@ def test_llavabench_and_mmvet_by_hand(folder, monkeypatch, capsys):
     (folder / "g.json").write_text(json.dumps({"v1_0": {"score": [0.5]}, "v1_1": {"score": [1.0]}}))
     out = score(monkeypatch, folder, "mmvet", judged=folder / "g.json", judge="x", questions=folder / "q.json")
     assert (out["score"], out["ocrscore"], out["recscore"]) == (75, 75, 100)
+    (folder / "g.json").write_text(json.dumps({"v1_0": {"score": 7.5}, "v1_1": {"score": 1}}))
+    assert "not of 1" in refused(
+        monkeypatch, capsys, benchmarks, "mmvet", "--judged", folder / "g.json", "--judge", "x"
+    )
     (folder / "g.json").write_text(json.dumps({"v1_0": {"model": "x"}}))
     assert "no review" in refused(
         monkeypatch, capsys, benchmarks, "mmvet", "--judged", folder / "g.json", "--judge", "x"

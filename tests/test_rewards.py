@@ -92,7 +92,7 @@ def test_all_answers_at_once_score_nothing():
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("The cup, and a Pen!", "cup and pen"), ("an apple", "apple"), ("A", ""), ("another theme", "another theme")],
+    [("The cup, and a Pen!", "cup and pen"), ("an apple", "apple"), ("A", "a"), ("another theme", "another theme")],
 )
 def test_articles_case_and_marks_do_not_count(text, words):
     assert plain(text) == words
@@ -222,6 +222,34 @@ READINGS = [
     ("The grey", F, "grey"),
     ("Answer: Grey.", F, "grey"),
     ("", F, None),
+]
+
+
+SIGNED = {"kind": "choice", "answer": "A", "choices": ["5", "-5", "C", "C++"]}
+READINGS += [
+    ("5", SIGNED, "A"),
+    ("-5", SIGNED, "B"),
+    ("C++", SIGNED, "D"),
+    ("B. C", {"kind": "choice", "answer": "B", "choices": ["A", "C", "B"]}, "B"),
+    ("I'm not sure.", Y, None),
+    ("I don't know", Y, None),
+    ("It's not clear.", Y, None),
+    ("It's not there.", Y, "No"),
+    ("Yes, the answer is clear.", Y, "Yes"),
+    ("<answer>B</answer>", C, "B"),
+    ("\\boxed{B}", C, "B"),
+    ("B is correct", C, "B"),
+    ("It is B.", C, "B"),
+    ("Answer B", C, "B"),
+    ("The correct option is B", C, "B"),
+    ("The answer to the question is B.", C, "B"),
+    ("two hundred", N, None),
+    ("No one is there, 3 chairs", N, "3"),
+    ("twenty-one", N, "21"),
+    (".5", N, "0.5"),
+    ("0.10", N, "0.1"),
+    ("dark red, dark red", W, "dark red"),
+    ("A", {"kind": "word", "answer": "A"}, "a"),
 ]
 
 

@@ -306,9 +306,12 @@ def test_turns_and_messages():
     plain = {"image": "0.png", "prompt": "Which?", "chosen": "A", "rejected": "B"}
     system = message("system", "Be kind.") + message("user", "Which?")
     assert sources.trl({**plain, "prompt": system})["question"] == "Be kind.\nWhich?"
-    assert sources.trl({**plain, "images": None})["image"] == "0.png"
+    assert sources.image_in({**plain, "images": None}) == "0.png"
     with pytest.raises(data.BadRecord, match="has 2 images"):
-        sources.trl({**plain, "images": ["0.png", "1.png"]})
+        sources.image_in({**plain, "images": ["0.png", "1.png"]})
+    with pytest.raises(data.BadRecord, match="mentions an image in file_name"):
+        sources.image_in({"file_name": "0.png", "question": "Which?"})
+    assert sources.first_turn({"system": "Be kind.", "c": talk[1:]}, "c")[0] == "Be kind.\nWhich?"
     both = message("user", "Which?") + message("assistant", "Same.")
     same = sources.trl({"image": "0.png", "chosen": both, "rejected": both})
     assert same["question"] == "Which?"
@@ -722,7 +725,7 @@ def test_splits_are_told_by_names(tmp_path):
     with pytest.raises(runtime.Mistake, match="--split: test, train$"):
         sources.files_of(hub)
     assert [file.name for file in sources.files_of(hub, "train")] == train
-    with pytest.raises(runtime.Mistake, match="--split val: no file's name begins so. Splits: test, train"):
+    with pytest.raises(runtime.Mistake, match="--split val: no file's name says so. Splits: test, train"):
         sources.files_of(hub, "val")
     plain = names_of(tmp_path / "plain", "train.parquet", "validation.parquet")
     with pytest.raises(runtime.Mistake, match="train, validation"):
