@@ -150,7 +150,8 @@ def parts_of(out, policy, config, more=()):
     """The folder of parts of the file `out`, named by the model, all knobs that change a line, and what `more` does."""
     others = "source model out records heldout skip_bad batch questions iig_keep iig_min".split()
     settings = {name: value for name, value in vars(config).items() if name not in others}
-    mark = runtime.first_alone(lambda: hub.fingerprint(policy, out.parent, [settings, *more]))
+    settings |= {"more": more} if more else {}
+    mark = runtime.first_alone(lambda: hub.fingerprint(policy, out.parent, [settings]))
     return out.with_name(f"{out.name}.parts-{mark}")
 
 

@@ -268,7 +268,9 @@ def test_regions():
     assert key.shape == (20, 10) and key.sum() == 3 * 4 + 1 and key[3, 2] and not key[7, 5]
     outside = build_data.region_mask("key", [[-10, -10, -2, -2], [100, 100, 120, 120]], (10, 20), rng)
     assert not outside.any()
-    assert build_data.region_mask("key", [[0.4, 0.0, 2.6, 1.2]], (10, 20), rng).sum() == 3
+    assert (
+        build_data.region_mask("key", [[0.4, 0.0, 2.6, 1.2]], (10, 20), rng).sum() == 3 * 2
+    )  # every pixel that it touches
     assert build_data.region_mask("global", [], (10, 20), rng).all()
     shares = [build_data.region_mask("random", [], (64, 64), rng).mean() for _ in range(20)]
     assert all(0.19 < share < 0.21 for share in shares)
@@ -546,7 +548,7 @@ def without(name):
         ({**GOOD, "rejected": 3}, "'rejected' must be a str, got '3'", "'rejected' of the wrong type"),
         ({**GOOD, "rejected": f" {GOOD['chosen']}"}, "'rejected' are the same", "chosen equal to rejected"),
         ({**GOOD, "rejected": "half \ud800"}, "half a character", "'rejected' not text"),
-        ({**GOOD, "objects": {}}, "'objects' needs", "'objects' unusable"),
+        ({**GOOD, "objects": {"word": "cup", "box": [0, 0, 5, 5]}}, "must be a list", "'objects' of the wrong type"),
         ({**GOOD, "objects": [{"word": "cup"}]}, "'objects' needs", "'objects' unusable"),
         ({**GOOD, "objects": [{"word": "cup", "box": [5, 5, 1, 1]}]}, "'objects' needs", "'objects' unusable"),
         ({**GOOD, "objects": [{"word": "cup", "box": [0, 0, math.nan, 1]}]}, "'objects' needs", "'objects' unusable"),

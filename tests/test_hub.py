@@ -3,6 +3,7 @@
 import builtins
 import hashlib
 import json
+import re
 import shutil
 from fnmatch import fnmatch
 from types import SimpleNamespace
@@ -222,9 +223,22 @@ def test_another_architecture_is_refused(copy, monkeypatch, part, change, messag
     refusal(copy, message, monkeypatch)
 
 
-def test_pickles_are_refused(copy, monkeypatch):
-    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    refusal(copy, "no .safetensors. A pickle can run code. If you trust it, read it with", monkeypatch)
+def test_pickles_are_refused_with_a_remedy_that_works(copy, monkeypatch):
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    refusal(copy, "holds no weights", monkeypatch)
+    torch.save(weights, copy / "pytorch_model.bin")
+    remedy = "AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(folder)"
+    refusal(copy, f"only a pickle, which can run code. If you trust it: {re.escape(remedy)}", monkeypatch)
+    exec(f"from transformers import AutoModelForImageTextToText\n{remedy}", {"folder": copy})
+    loaded = dict(hub.load(copy, trained=False).hf.named_parameters())
+    assert torch.equal(loaded["lm_head.weight"].cpu(), weights["language_model.lm_head.weight"])
+
+
+@pytest.mark.parametrize("change", [{"mm_projector_type": "mlp2x_gelu"}, {"model_type": "llava_llama"}])
+def test_llavas_own_layout_is_named(copy, monkeypatch, change):
+    edit(copy, architectures=["LlavaLlamaForCausalLM"], **change)
+    refusal(copy, "layout of LLaVA's own code.*Name the hub's conversion, llava-hf", monkeypatch)
 
 
 def test_no_code_of_a_folder_is_run(copy, monkeypatch):
