@@ -4,7 +4,7 @@ Checkpoint in, table out.
     python eval.py table --model out/mfpo-1/final --base data/toy/base --data data/toy
     python eval.py table --model out/run/final --base llava-hf/llava-1.5-7b-hf --pairs data/rlhfv/mfpo_heldout.jsonl
     python eval.py compare out/a/final out/b/final      two models and their paired difference
-    python eval.py runs out/mfpo_ablation               one row a run, mean and interval over seeds
+    python eval.py runs out/mfpo_ablation               one row a run, mean and interval over seeds; --less NAME: paired
     python eval.py mined data/toy-0 data/toy-1          what attacks made the base models say (runs/mbpo_attack.sh)
 
 reads    <data>/<split>.jsonl, scenes; <data>/mfpo_<split>.jsonl, pairs; <data>/closed_<split>.jsonl, questions. With
@@ -329,12 +329,22 @@ def read_runs(*folders):
     return runs
 
 
-def runs_text(*folders):
-    """A Markdown table over runs, a row each."""
+def runs_text(*folders, less=""):
+    """A Markdown table over runs, a row each; with `less` also what each is more than the run of that name, by seed."""
     columns, rows = {name: column for name, (_, column, _) in METRICS.items() if column}, {}
-    for run, by_seed in read_runs(*folders).items():
+    runs = read_runs(*folders)
+    if less and less not in runs:
+        raise Mistake(f"--less {less}: no such run. There are {', '.join(runs)[:150]}")
+    for run, by_seed in runs.items():
         # Without scenes there are no values of theirs: they are told as undefined.
         rows[run, len(by_seed)] = [dict.fromkeys(columns) | summary for summary in by_seed.values()]
+    for run, by_seed in runs.items() if less else ():
+        pairs = [
+            (by_seed[seed], runs[less][seed]) for seed in by_seed if seed in runs[less] and run not in (less, "base")
+        ]
+        known = [name for name in columns if all(pair.get(name) is not None for both in pairs for pair in both)]
+        if pairs:
+            rows[f"{run} less {less}", len(pairs)] = [{name: a[name] - b[name] for name in known} for a, b in pairs]
     return over_seeds(["", "seeds"], columns, rows)
 
 
@@ -397,6 +407,11 @@ class FoldersConfig:
 
 
 @dataclass
+class RunsConfig(FoldersConfig):
+    less: str = knob("", "name of a run: also print what each other is more, paired by seed")
+
+
+@dataclass
 class TableConfig:
     model: str = knob("out/mfpo-1/final", "checkpoint to evaluate")
     base: str = knob("data/toy/base", "the model before training")
@@ -433,11 +448,11 @@ def measured_models(config, **paths):
 
 def main():
     """One of the commands: what it found is printed, and with --json also written."""
-    commands = {"table": TableConfig, "compare": CompareConfig, "runs": FoldersConfig, "mined": FoldersConfig}
+    commands = {"table": TableConfig, "compare": CompareConfig, "runs": RunsConfig, "mined": FoldersConfig}
     name, config = runtime.parse_command(__doc__, commands, MOVED)
     runtime.start()
     if name in ("runs", "mined"):
-        say({"runs": runs_text, "mined": mined_text}[name](*config.paths))
+        say(runs_text(*config.paths, less=config.less) if name == "runs" else mined_text(*config.paths))
         return
     if name == "table":
         text, numbers = report(measured_models(config, base=config.base, final=config.model))

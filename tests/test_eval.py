@@ -464,3 +464,16 @@ def test_mistakes_on_the_command_line(world, tmp_path, monkeypatch, capsys, args
     args = [arg.replace("{base}", str(world / "base")) for arg in args]
     assert message in refused(monkeypatch, capsys, eval, *args)
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_are_compared_seed_by_seed(tmp_path, capsys):
+    for name, value in (("a-1", 0.5), ("a-2", 0.7), ("b-1", 0.4), ("b-2", 0.5)):
+        (tmp_path / name).mkdir()
+        summary = {"split": "test", "chair_s": value, "fairness": None}
+        (tmp_path / name / "eval.json").write_text(json.dumps({"base": summary | {"chair_s": 0.9}, "final": summary}))
+    text = eval.runs_text(tmp_path, less="a")
+    row = next(line for line in text.splitlines() if line.startswith("| b less a"))
+    # -0.1 and -0.2: mean -0.15, half of the interval 12.706 * 0.0707 / sqrt(2) = 0.635; undefined stays out.
+    assert "| 2 | -0.150 ± 0.635 |" in row and "base less" not in text and "a less a" not in text
+    with pytest.raises(eval.Mistake, match="no such run. There are base, a, b"):
+        eval.runs_text(tmp_path, less="c")
