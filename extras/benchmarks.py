@@ -570,17 +570,20 @@ def answer(name, config, items):
     bench, out, records, decoded = BENCHMARKS[name], Path(config.answers), [], {}
     folder = Path(config.images or Path(config.objects or config.questions).parent)
     limit = config.max_new_tokens
-    for key, item in items.items():
+    policy = hub.load(config.model, convention=config.convention, trained=False)
+    for key, item in list(items.items()):
         prompt = item.get(bench.field, DESCRIBE)
         if item.get("type") != "generative" and not prompt.endswith(bench.suffix):
             prompt += bench.suffix
-        records.append({"id": key, "image": item["image"], "prompt": prompt})
-    policy = hub.load(config.model, convention=config.convention, trained=False)
-    for record in records:  # before hours of answering
         try:
-            policy.encoding.prompt(record["prompt"])
+            policy.encoding.prompt(prompt)  # a bad one is told before hours of answering
         except BadRecord as error:
-            raise Mistake(f"id {record['id']!r}: {error}") from None
+            if not config.skip_bad:
+                raise Mistake(f"id {key!r}: {error}") from None
+            runtime.say(f"id {key!r} left out: {error}")
+            del items[key]
+            continue
+        records.append({"id": key, "image": item["image"], "prompt": prompt})
     settings = [{"bench": name, "max_new_tokens": limit}]
     mark = runtime.first_alone(lambda: hub.fingerprint(policy, folder, settings))
     here = out.with_name(f"{out.name}.parts-{mark}")

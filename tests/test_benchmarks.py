@@ -830,3 +830,28 @@ def test_chairs_truth_from_cocos_own_files(folder, monkeypatch):
     files = {"answers": folder / "a.json", "objects": folder / "i.json", "synonyms": folder / "s.txt"}
     out = score(monkeypatch, folder, "chair", **files, annotations=folder / "c.json")
     assert (out["chair_s"], out["chair_i"], out["recall"]) == (0.5, pytest.approx(1 / 3), pytest.approx(2 / 3))
+
+
+def test_a_question_that_cannot_be_asked_is_told_before_any_answer(small, folder, asked, monkeypatch, capsys):
+    questions = data.read_lines(asked["pope"][1])
+    questions[1]["text"] = "Is there a <image>?"
+    benchmarks.runtime.write_jsonl(folder / "bad.jsonl", questions)
+    args = answer(small, asked, "pope", folder / "a.jsonl")[:-1] + [folder / "bad.jsonl"]
+    assert f"id '{questions[1]['question_id']}': the question" in refused(monkeypatch, capsys, benchmarks, *args)
+    assert run_here(monkeypatch, benchmarks, *args, "--skip_bad", "True") == 0
+    assert "left out" in capsys.readouterr().out and len(data.read_lines(folder / "a.jsonl")) == len(questions) - 1
+
+
+def test_files_for_the_judges_of_llavabench_and_mmvet(small, folder, monkeypatch):
+    lines = [{"question_id": n, "image": f"{n}.png", "text": "What do you see?", "category": "conv"} for n in range(2)]
+    benchmarks.runtime.write_jsonl(folder / "l.jsonl", lines)
+    vet = {f"v1_{n}": {"imagename": f"{n}.png", "question": "What do you see?"} for n in range(2)}
+    (folder / "v.json").write_text(json.dumps(vet))
+    files = {"llavabench": folder / "l.jsonl", "mmvet": folder / "v.json"}
+    for bench, path in files.items():
+        args = answer(small, {bench: ["--questions", path]}, bench, folder / f"{bench}.out")
+        assert run_here(monkeypatch, benchmarks, *args) == 0
+    said = data.read_lines(folder / "llavabench.out")
+    assert [set(line) for line in said] == [{"question_id", "prompt", "text"}] * 2
+    graded = json.loads((folder / "mmvet.out").read_text())
+    assert list(graded) == ["v1_0", "v1_1"] and graded["v1_0"] == said[0]["text"]
