@@ -151,10 +151,10 @@ def match(items, path, config, others=()):
             print(f"{path}: {len(keys)} left out, as id {keys[0]!r}, which {fault}")
     for key, item in items.items():
         asked, said = item.get("text") or item.get("question") or "", answers.get(key, {})
-        told = said.get("question") or said.get("prompt")  # with or without the wish for a short answer
-        short, long = sorted((" ".join(str(text).split()) for text in (asked, told or asked)), key=len)
+        claimed = said.get("question") or said.get("prompt")  # with or without the wish for a short answer
+        short, long = sorted((" ".join(str(text).split()) for text in (asked, claimed or asked)), key=len)
         if not long.startswith(short):
-            raise Mistake(f"{path}: id {key!r} answers {told!r}, not {asked!r}. Name this benchmark's answers")
+            raise Mistake(f"{path}: id {key!r} answers {claimed!r}, not {asked!r}. Name this benchmark's answers")
     return [(item, answer_of(answers[key])) for key, item in items.items() if key in answers]
 
 
