@@ -15,7 +15,8 @@ ANSWER = re.compile(
     r"|(?:answer|option|choice)(?= \(?[A-Z]\b))[:\s]*"
 )
 NEGATION = re.compile(
-    r"(?:^|\b(?:is|are|was|were|does|do|did|has|have)|s)(?: ?n't| not)\b(?! (?:sure|certain|clear|know))|^not\b"
+    r"(?:^|\b(?:is|are|was|were|does|do|did|has|have)|s)(?: ?n't| not)\b(?! (?:sure|certain|clear|know))"
+    r"|^not\b|(?<!or )\bnot\W*$"
 )
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 ONES += "seventeen eighteen nineteen".split()

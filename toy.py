@@ -293,7 +293,8 @@ def write(config):
     (out / "images").mkdir(parents=True, exist_ok=True)
     made = {name: value for name, value in vars(config).items() if name != "out"}
     if (out / "world.json").is_file():
-        before = {"preference_bias": P_FAIR} | json.loads((out / "world.json").read_text())
+        before = json.loads((out / "world.json").read_text())
+        before.setdefault("preference_bias", P_FAIR)
         if before != made:
             print(f"note: {out} was built with {before} and stays so. For {made} name another folder with --out")
     else:

@@ -235,6 +235,8 @@ READINGS += [
     ("I don't know", Y, None),
     ("It's not clear.", Y, None),
     ("It's not there.", Y, "No"),
+    ("I think not.", Y, "No"),
+    ("Whether it is there or not.", Y, None),
     ("Yes, the answer is clear.", Y, "Yes"),
     ("<answer>B</answer>", C, "B"),
     ("\\boxed{B}", C, "B"),

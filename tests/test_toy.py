@@ -200,7 +200,8 @@ def test_what_is_written_is_the_scenes_and_stays(tmp_path, capsys):
             lines[folder, split] = (tmp_path / folder / f"{split}.jsonl").read_text()
     assert lines["w", "val"] == lines["other", "val"]  # all seeds are measured on the same scenes
     assert lines["w", "preference"] != lines["other", "preference"]
-    assert json.loads((out / "world.json").read_text()) == {"seed": 3, "preference": 5, "heldout": 4}
+    made = {"seed": 3, "preference": 5, "heldout": 4, "preference_bias": 0.5}
+    assert json.loads((out / "world.json").read_text()) == made
 
 
 @pytest.mark.parametrize("change", [{"preference": 0}, {"heldout": -1}, {"seed": -1}])
@@ -312,3 +313,16 @@ def test_own_answers_are_those_that_transformers_draws(policy, tmp_path):
         ended = policy.tokenizer.eos_token_id in tokens
         expected.append(policy.tokenizer.decode(tokens, skip_special_tokens=True).strip() if ended else None)
     assert answers == expected and None in answers and any(answers)
+
+
+def test_preference_scenes_may_be_as_biased_as_the_training_scenes(tmp_path):
+    """How often an anchor of a preference scene has its partner; validation and test scenes stay as they are."""
+    for name, bias in (("fair", 0.5), ("biased", 0.87)):
+        toy.write(toy.Config(out=str(tmp_path / name), preference=300, heldout=3, preference_bias=bias))
+        kinds = [{o["word"] for o in r["objects"]} for r in data.read_lines(tmp_path / name / "preference.jsonl")]
+        pairs = [toy.PARTNER[anchor] in there for there in kinds for anchor in there if anchor in toy.PARTNER]
+        assert abs(np.mean(pairs) - bias) < 0.06
+    fair, biased = ((tmp_path / name / "val.jsonl").read_bytes() for name in ("fair", "biased"))
+    assert fair == biased
+    with pytest.raises(ValueError, match="a probability, in"):
+        toy.Config(preference_bias=1.2)
