@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-5 6 7 8 9} OUT=${OUT:-out/curriculum} DATA=${DATA:-data} EXTRA=${EXTRA:-} few=0
-if [ "${1:-}" = --quick ]; then SEEDS=0 OUT=$OUT-quick EXTRA="--epochs 1 --pairs_per_step 8 $EXTRA" few=160; fi
+if [ "${1:-}" = --quick ]; then ORDERS=none SEEDS=0 OUT=$OUT-quick EXTRA="--epochs 1 --pairs_per_step 8 $EXTRA" few=160; fi
 
 train() { # name, flags of train_mfpo.py
     rm -rf "${OUT:?}/$1-$seed"
@@ -42,7 +42,7 @@ for seed in $SEEDS; do
     python build_data.py toy --out "$data" --seed "$seed"
     [ -f "$records" ] || python build_data.py mfpo --source "$data/preference.jsonl" --model "$data/base" --out "$records" \
         --records "$few" --seed "$seed"
-    for order in none easy_to_hard; do
+    for order in ${ORDERS:-none easy_to_hard}; do
         [ -f "$OUT/$order-$seed/eval.json" ] || train "$order" --data "$records" --curriculum "$order" --eval_split "${SPLIT:-test}"
     done
     [ ! -f "$OUT/iterative-$seed/eval.json" ] || continue # done before
