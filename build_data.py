@@ -373,6 +373,7 @@ def build_mfpo(config):
         return table[policy.tokenizer(word, add_special_tokens=False)["input_ids"]].mean(0)
 
     def make(some):
+        """Lines of some source records, a batch for the grounder."""
         images = load_images(some, config)
         words = [[w for w, _ in keywords(record["chosen"], vector_of, config.top)] for record in some]  # step 1
         # DEVIATION: the paper has SAM find the keywords in the image; boxes that a record has are taken first.
@@ -393,6 +394,7 @@ def build_mfpo(config):
         lines = parts.in_parts(here, "record", "distorting", records, config.batch, make)
 
     def finish():
+        """Rank 0: hold some lines out, write the files, print the counts."""
         held = set(np.random.default_rng(config.seed).permutation(len(lines))[: config.heldout].tolist())
         files = {out: [line for i, line in enumerate(lines) if i not in held]}
         if not files[out]:
@@ -599,6 +601,7 @@ def build_mbpo(config):
         lines = parts.in_parts(here, "attack", "attacking and answering", some, config.batch, mine)
 
     def finish():
+        """Rank 0: write what can be used and what was dropped, print the counts."""
         good, bad = ([line for line in lines if ("dropped" in line) == drop] for drop in (False, True))
         gone, reasons = out.with_stem(f"{out.stem}_dropped"), Counter(line["dropped"] for line in bad)
         drops = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "none"
@@ -660,6 +663,7 @@ MOVED |= dict.fromkeys(("--sheet", "--explain"), "python -m extras.pictures shee
 
 
 def main():
+    """Build what is asked for, and print the next command."""
     name, config = runtime.parse_command(__doc__, {name: pair[0] for name, pair in COMMANDS.items()}, MOVED)
     runtime.start()
     COMMANDS[name][1](config)

@@ -28,6 +28,8 @@ log-probabilities are those of separate forward passes. Image tokens are never t
 import json
 import math
 import re
+import struct
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +209,10 @@ def load_image(file, name=""):
             return image.convert("RGB")
 
 
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError)
+DAMAGED += (AttributeError, struct.error, zlib.error)  # what decoders were seen to raise
+
+
 @contextmanager
 def decoding(name):
     """What Pillow's decoders raise on damaged files (struct.error and others) as a BadRecord that names the image."""
@@ -214,9 +220,7 @@ def decoding(name):
         yield
     except FileNotFoundError:
         raise BadRecord("image missing", f"{name}: no such image. Put it there or delete the record") from None
-    except (MemoryError, NameError, ImportError):  # the machine's trouble, or ours
-        raise
-    except Exception as error:
+    except DAMAGED as error:
         reason = str(error).replace(str(name), "it")[:80]
         message = f"{name}: cannot be read as an image ({reason}). Replace it or delete the record"
         raise BadRecord("image unreadable", message) from None

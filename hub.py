@@ -198,6 +198,7 @@ def export(policy, folder):
     trained = get_model_state_dict(policy.hf, options=options)  # gathered from all ranks, on rank 0 alone
 
     def write(aside):
+        """The base, read again, with what was trained in its place."""
         hf = read_weights(policy.folder, policy.folder)
         weights = dict(hf.named_parameters())
         for name, value in trained.items():
@@ -219,6 +220,7 @@ def save_new(policy, folder):
     dtype = policy.hf.config.dtype or torch.float32
 
     def write(aside):
+        """Weights under the hub's names, configs, tokenizer, processor."""
         tensors = {}
         for name, parameter in policy.hf.named_parameters():
             ours = next(part for part in HUB_NAMES if name.startswith(part))

@@ -100,6 +100,7 @@ def read_source(config, check):
             return error
 
     def read():
+        """Rank 0: check, count, draw, bring the images."""
         lines, records, dropped = list(data.read_json(source)), {}, Counter()
         # Threads, as decoding releases the interpreter's lock; closing lets them stop at the first error.
         with ThreadPoolExecutor(8) as pool, closing(pool.map(fault, lines)) as faults:
@@ -165,6 +166,7 @@ def in_parts(parts, name, title, records, batch, work):
     record_of = dict(zip(keys, records, strict=True))
 
     def begin():
+        """Rank 0: what an earlier build has left, {key: line}, and in how many files."""
         parts.mkdir(parents=True, exist_ok=True)
         files, lines = list(parts.glob(f"{name}-*.jsonl")), {}
         for file in files:

@@ -91,6 +91,7 @@ def closed_answer(text, question):
     bare = re.sub(r"(?<!\w)['\u2018]|'(?!\w)", "", bare).strip()
 
     def read(part, after):
+        """The answers that a part of the text gives; `after`: it stood behind "the answer is"."""
         if kind == "yesno":
             signs = {word.capitalize() for word in re.findall(r"\w+", part.lower()) if word in ("yes", "no")}
             return signs or {"No" for _ in NEGATION.findall(part.lower())}

@@ -246,6 +246,7 @@ def line_of(values):
 
 
 def main():
+    """Train with MBPO: records, reference, loop, export, table."""
     config = runtime.parse_config(Config, description=__doc__)
     config = runtime.resumed(config, sys.argv[1:])
     device = runtime.start()
